@@ -18,7 +18,10 @@ def live_exits(
     if exits is None: raise RuntimeError("This metric reads `learn.exits`, which `EEDCallback` fills at each batch; add `EEDCallback()` to the Learner, or take the metric away")
     return exits
 
-# %% ../nbs/07_metrics.ipynb #da793cfd
+# %% ../nbs/07_metrics.ipynb #53bfa5f0
+_replaced = contextmanager(replacing_yield)
+
+# %% ../nbs/07_metrics.ipynb #d7e350df
 class ExitMetric(Metric):
     "Any metric, of exit `i` instead of the main network"
     def __init__(self,
@@ -32,7 +35,7 @@ class ExitMetric(Metric):
     def pick(self, z): return z[:,self.i]
 
     def accumulate(self, learn):
-        with replacing_yield(learn, 'pred', self.pick(live_exits(learn).logits)): self.metric.accumulate(learn)
+        with _replaced(learn, 'pred', self.pick(live_exits(learn).logits)): self.metric.accumulate(learn)
 
     @property
     def value(self): return self.metric.value

@@ -207,17 +207,20 @@ def _macs(model, shape):
     with FlopCounterMode(display=False) as counter, evaluating(model): model(torch.empty(1, *shape, device='meta'))
     return counter.get_total_flops()//2
 
-# %% ../nbs/04_model.ipynb #92884c14
+# %% ../nbs/04_model.ipynb #b82eb715
 def exit_costs(
     model:MultiExitModel, # A network with its heads built
     size:int|tuple, # Side of the images in pixels, or (height, width)
-) -> pd.DataFrame: # Columns `exit, macs, share, params`; macs for one image, share of the main network's, the last row `main`
+    ensemble:bool=False, # A last row `ensemble`: the main network and all heads?
+) -> pd.DataFrame: # Columns `exit, macs, share, params`; macs for one image, share of the main network's; rows `exit0 … main`
     "Multiply-adds and parameters of each exit as a network of its own"
     hw = (size,size) if isinstance(size, int) else tuple(size)
-    nets = [deepcopy(unwrap(model)).to('meta', torch.float32).upto(i) for i in range(unwrap(model).n_exits)]
-    macs = [_macs(net, (unwrap(model).n_in, *hw)) for net in nets]
-    return pd.DataFrame(dict(exit=unwrap(model).exit_names, macs=macs, share=[m/macs[-1] for m in macs],
-                             params=[total_params(net)[0] for net in nets]))
+    copy = deepcopy(unwrap(model)).to('meta', torch.float32)
+    nets,names = [copy.upto(i) for i in range(copy.n_exits)],copy.exit_names
+    if ensemble: nets,names = [*nets, copy],[*names, 'ensemble']
+    copy.want_exits = True                  # for the ensemble, the only one that goes through its `forward`
+    macs = [_macs(net, (copy.n_in, *hw)) for net in nets]
+    return pd.DataFrame(dict(exit=names, macs=macs, share=[m/macs[copy.n_exits-1] for m in macs], params=[total_params(net)[0] for net in nets]))
 
 # %% ../nbs/04_model.ipynb #b4cee80b
 def exit_splitter(
