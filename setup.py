@@ -13,7 +13,7 @@ lines = lambda key: cfg[key].split('\n')[1:]
 setup(
     version=re.search(r"__version__ = ['\"](.+?)['\"]", (here/cfg['lib_name']/'__init__.py').read_text(encoding='utf-8'))[1],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'].split(),
+    author=cfg['author'], keywords=cfg['keywords'].split(),
     classifiers=['Development Status :: 3 - Alpha', 'Framework :: Jupyter', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>=' + cfg['min_python'],
