@@ -197,7 +197,7 @@ recipes = {
     'eed_mse_feat_code':Recipe("EED code, `train.py`: MSE 1, features 1; the code's default", alpha=1., beta=1.),
 }
 
-# %% ../nbs/08_callback.ipynb #d5a335c9
+# %% ../nbs/08_callback.ipynb #0f628a94
 @patch
 @delegates(EEDCallback)
 def to_eed(self:Learner,
@@ -210,6 +210,7 @@ def to_eed(self:Learner,
     if unwrap(self.model) is None:
         old = self.model,self.splitter,self.opt
         self.model,self.opt = multi_exit(self.model, cuts=cuts, head=head),None
+        for p in self.model.parameters(): p.grad = None         # a new optimizer would apply weight decay to frozen parameters that have one
         if self.splitter is not trainable_params: self.splitter = exit_splitter
         try: return self.add_cb(cb)
         except Exception: self.model,self.splitter,self.opt = old; raise
