@@ -35,17 +35,19 @@ def _n_out(learn, model):
         raise ValueError(f"The network has {model.n_out} classes (`n_out`), but the data has {c}. Leave `n_out` out, or check the data's vocabulary")
     return c or model.n_out
 
-# %% ../nbs/08_callback.ipynb #8e55b489
+# %% ../nbs/08_callback.ipynb #bbb779a4
 def _renew_opt(learn):
     "Make the optimizer again over the model's present parameters, keeping hyper-parameters, state and freezing"
     old = learn.opt
     learn.create_opt()
-    for p,state in old.state.items(): learn.opt.state[p].update(state)
+    pairs = [(old.state, learn.opt.state)] + ([(old.opt.state, learn.opt.opt.state)] if isinstance(old, OptimWrapper) else [])
+    for a,b in pairs:
+        for p,state in a.items(): b[p].update(state)
     if len(old.hypers)==len(learn.opt.hypers):
         for k in old.hypers[0]: learn.opt.set_hyper(k, [h[k] for h in old.hypers])
     learn.opt.frozen_idx = old.frozen_idx
 
-# %% ../nbs/08_callback.ipynb #c9d4e0fa
+# %% ../nbs/08_callback.ipynb #57ef60c3
 class EEDCallback(Callback):
     "Train a multi-exit network by Exit-Ensemble Distillation"
     order = MixedPrecision.order-5   # before GradientAccumulation (MixedPrecision.order-4) scales `loss_grad`
@@ -56,7 +58,7 @@ class EEDCallback(Callback):
         logit_loss:Callable=logit_mse, # Logits and targets to one number (MSE: the EED code's default)
         feat_loss:Callable=feat_mse, # Features and targets to one number (EED code)
         alpha:float=1., # Weight of `logit_loss` (1: EED section IV)
-        beta:float=0., # Weight of `feat_loss` (0: EED Table I's best rows for the main exit of ResNet-18; the paper also has 1)
+        beta:float=0., # Weight of `feat_loss` (0: with MSE as good as 1 for ResNet-18's main exit in EED Table I, 79.25 and 79.24; the paper has both)
         exit_metric=accuracy, # Measured for each exit and the ensemble: a function of `(pred, *yb)` or a fastai `Metric`
     ):
         _check_weight('alpha', alpha); _check_weight('beta', beta)
@@ -70,13 +72,13 @@ class EEDCallback(Callback):
         else: self._attach(learn)
         self.__dict__['_attached'] = learn
 
-# %% ../nbs/08_callback.ipynb #2459a286
+# %% ../nbs/08_callback.ipynb #8140537a
 @patch
 def _attach(self:EEDCallback, learn):
     model = _live_model(learn)
     if any(cb is not self for cb in learn._grab_cbs(EEDCallback)):
         raise ValueError("This Learner has an EEDCallback already; two would add their terms twice. Take the first away with `learn.remove_cb(EEDCallback)`")
-    n_out = _n_out(learn, model)
+    n_out,self.ignored = _n_out(learn, model),_ignored(learn.loss_func)
     if model.n_out is None:
         model.build(n_out)
         if learn.opt is not None: _renew_opt(learn)
@@ -100,13 +102,16 @@ def _detach(self:EEDCallback):
     for o in ('exits', 'exit_terms'): self.learn.__dict__.pop(o, None)
     if (model := unwrap(self.learn.model)) is not None: model.want_exits = False
 
-# %% ../nbs/08_callback.ipynb #db1a4b83
+# %% ../nbs/08_callback.ipynb #fa2d5d6f
+def _ignored(loss_func): return getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)
+
+# %% ../nbs/08_callback.ipynb #27eff79e
 @patch
 def before_fit(self:EEDCallback):
     "Set the columns; forget what an interrupted fit left"
     model = _live_model(self.learn)
     self._add_columns(self.learn, model)
-    model.want_exits,self.first_batch = False,True
+    model.want_exits,self.first_batch,self.ignored = False,True,_ignored(self.loss_func)
 
 # %% ../nbs/08_callback.ipynb #ad12475b
 @patch
@@ -128,21 +133,20 @@ def after_pred(self:EEDCallback):
     self.learn.exits = Exits(z.float(), None if f is None else f.float())
     self.learn.pred = z[:,-1]
 
-# %% ../nbs/08_callback.ipynb #3fe93227
+# %% ../nbs/08_callback.ipynb #22987543
 @patch
 def _check_targets(self:EEDCallback, y):
     if y.ndim!=1 or y.is_floating_point() or not (y.device.type=='cpu' or getattr(self, 'first_batch', True)): return
     self.first_batch = False
-    ignored = getattr(getattr(self.loss_func, 'func', self.loss_func), 'ignore_index', -100)
-    y,n_out = y[y!=ignored],_live_model(self.learn).n_out
+    y,n_out = y[y!=self.ignored],_live_model(self.learn).n_out
     if len(y) and not (0<=y.min() and y.max()<n_out):
         raise ValueError(f"The targets go from {int(y.min())} to {int(y.max())}, but the network has {n_out} classes, 0 to {n_out-1}. Check the labels, or `n_out`")
 
-# %% ../nbs/08_callback.ipynb #fef0f29d
+# %% ../nbs/08_callback.ipynb #8ba14c00
 @patch
 def _terms(self:EEDCallback, z, f):
     lf = self.learn.loss_func
-    res = {'exit_loss': sum(lf(z[:,i], *self.yb).mean() for i in range(z.shape[1]-1))}
+    res = {'exit_loss': sum((lf(z[:,i], *self.yb).mean() for i in range(z.shape[1]-1)), z.new_zeros(()))}
     if self.alpha: res['logit_loss'] = self.alpha * self.logit_loss(z, self.teacher(z.detach()))
     if self.beta: res['feat_loss'] = self.beta * self.feat_loss(f, self.teacher(f.detach()))
     return res
@@ -158,11 +162,12 @@ def after_loss(self:EEDCallback):
     self.learn.loss_grad = self.learn.loss_grad + sum(terms.values())
     self.learn.loss = self.learn.loss_grad.detach().clone()   # a clone: GradientAccumulation divides `loss_grad` in place
 
-# %% ../nbs/08_callback.ipynb #840a334f
+# %% ../nbs/08_callback.ipynb #7863bbd5
 @patch
 def after_validate(self:EEDCallback):
-    "Let go of the last batch's exits"
+    "Let go of the last batch's exits, and of a request that nobody took"
     self.learn.exits,self.learn.exit_terms = None,{}
+    _live_model(self.learn).want_exits = False
 
 # %% ../nbs/08_callback.ipynb #7b62668c
 @patch
@@ -180,10 +185,10 @@ class Recipe(dict):
         super().__init__(**kw)
         self.source = source
 
-# %% ../nbs/08_callback.ipynb #355422f8
+# %% ../nbs/08_callback.ipynb #6c1a25ba
 def _eed_recipes():
     "Equation (4), the main network teaching, and equation (8), the ensemble teaching, with KL or MSE and β 0 or 1"
-    return {f'{who}_{loss}{feat}': Recipe(f'EED paper, Table I: eq. {eq}, {loss.upper()}, β={beta:.0f}; T=3 from the code', teacher=t, logit_loss=f, alpha=1., beta=beta)
+    return {f'{who}_{loss}{feat}': Recipe(f'EED paper, Table I: eq. {eq}, {loss.upper()}, β={beta:.0f}' + '; T=3 from the code'*(loss=='kl'), teacher=t, logit_loss=f, alpha=1., beta=beta)
             for who,t,eq in (('main', main_teacher, 4), ('eed', ensemble_teacher, 8))
             for loss,f in (('kl', logit_kl), ('mse', logit_mse)) for feat,beta in (('', 0.), ('_feat', 1.))}
 
@@ -197,19 +202,22 @@ recipes = {
     'eed_mse_feat_code':Recipe("EED code, `train.py`: MSE 1, features 1; the code's default", alpha=1., beta=1.),
 }
 
-# %% ../nbs/08_callback.ipynb #0f628a94
+# %% ../nbs/08_callback.ipynb #ce7ba249
 @patch
 @delegates(EEDCallback)
 def to_eed(self:Learner,
     cuts:list|None=None, # Where stages begin (None: where the map's side changes)
     head:Callable=ExitHead, # Makes a head from `(ni, widths, n_out)`
+    size:int=64, # Side of the image on which the network is tried, in pixels
     **kwargs
 ):
     "Put exits on the Learner's network and train them by Exit-Ensemble Distillation; the network's own answers do not change"
     cb = EEDCallback(**kwargs)
+    if unwrap(self.model) is not None and not (cuts is None and head is ExitHead):
+        raise ValueError("This Learner's network has exits already, so `cuts` and `head` can change nothing; leave them out, or start from the network without exits")
     if unwrap(self.model) is None:
         old = self.model,self.splitter,self.opt
-        self.model,self.opt = multi_exit(self.model, cuts=cuts, head=head),None
+        self.model,self.opt = multi_exit(self.model, cuts=cuts, head=head, size=size),None
         for p in self.model.parameters(): p.grad = None         # a new optimizer would apply weight decay to frozen parameters that have one
         if self.splitter is not trainable_params: self.splitter = exit_splitter
         try: return self.add_cb(cb)

@@ -45,15 +45,19 @@ def digits_dls(
                       splitter=IndexSplitter(splits[1]), batch_tfms=[*tfms, Normalize.from_stats(*_digit_stats)])
     return block.dataloaders(items, bs=bs, num_workers=num_workers)
 
-# %% ../nbs/00_data.ipynb #b229da8d
+# %% ../nbs/00_data.ipynb #cd9deff1
 def _image_files(path):
     "All images below `path`, and how they are split: by `train`/`valid` folders, or None"
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}; give a folder that holds one folder of images for each class")
-    names = [o for o in ('train', 'valid') if (path/o).is_dir()]
-    files = get_image_files(path, folders=names if len(names)==2 else None).sorted()
+    names = [o for o in ('train', 'valid', 'val', 'test') if (path/o).is_dir()]
+    split = names[:2] if names[:2] in (['train','valid'], ['train','val']) else None
+    if names and not split: raise ValueError(f"{path} holds {' and '.join(names)}; expected `train` and `valid` (or `val`), or class folders alone. Rename or move them")
+    files = get_image_files(path, folders=split).sorted()
     if not files: raise ValueError(f"{path} holds no images; expected one folder for each class, such as {path}/cat/1.jpg, or train/cat/1.jpg and valid/cat/2.jpg")
-    return files, GrandparentSplitter() if len(names)==2 else None
+    astray = [f for f in files if len(f.relative_to(path).parts)!=(3 if split else 2)]
+    if astray: raise ValueError(f"{len(astray)} of {len(files)} images are not right below a class folder, such as {astray[0]}; an image's folder is its class. Move or remove them")
+    return files, GrandparentSplitter(*split) if split else None
 
 # %% ../nbs/00_data.ipynb #0a52493c
 def _readable(files, skip_unreadable):
@@ -72,7 +76,7 @@ def _check_classes(path, train, valid):
     if not len(valid): raise ValueError(f"{path} holds no images to validate on; put some below `valid`, or give a larger `valid_pct`")
     if unknown: raise ValueError(f"{path} has validation images of classes that it has no training images of: {', '.join(sorted(unknown))}")
 
-# %% ../nbs/00_data.ipynb #c6769002
+# %% ../nbs/00_data.ipynb #e077ac49
 def folder_dls(
     path, # Folder of class folders, or of `train` and `valid` with class folders
     bs:int=64, # Images in a batch
@@ -96,4 +100,5 @@ def folder_dls(
     _check_classes(path, files[list(train)], files[list(valid)] if len(valid) else [])
     block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label, splitter=IndexSplitter(list(valid)),
                       item_tfms=Resize(size), batch_tfms=[*aug_transforms(), Normalize.from_stats(*imagenet_stats)])
+    if len(train)<bs: raise ValueError(f"{path} gives {len(train)} images to train on, fewer than a batch of {bs}; pass a smaller `bs`")
     return block.dataloaders(path, path=Path(path), bs=bs, num_workers=num_workers)

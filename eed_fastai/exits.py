@@ -56,7 +56,7 @@ def make_heads(
     "A head for every stage"
     return [head(ni, exit_widths(shapes, i), n_out) for i,(ni,_) in enumerate(shapes)]
 
-# %% ../nbs/03_exits.ipynb #eb888723
+# %% ../nbs/03_exits.ipynb #7cb4a669
 class KeptHead(Module):
     "The tail of a trained network as a head: its logits, and the input of its last linear layer as the feature"
     def __init__(self,
@@ -64,7 +64,7 @@ class KeptHead(Module):
     ):
         mods = list(tail.children())
         i = first(i for i,m in enumerate(mods) if isinstance(m, (nn.Linear, nn.BatchNorm1d)))
-        if i is not None: mods[i:i] = [nn.Flatten()] if any(map(has_pool_type, mods[:i])) else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        if i is not None and not any(type(m).__name__=='Flatten' for m in mods[:i]): mods[i:i] = [nn.Flatten()] if any(map(has_pool_type, mods[:i])) else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         self.body,self.fc = (nn.Sequential(*mods[:-1]),mods[-1]) if mods and isinstance(mods[-1], nn.Linear) else (nn.Sequential(*mods),None)
 
     def forward(self, x):

@@ -55,10 +55,10 @@ class GatherExits(Callback):
         self.zs.append(self.learn.to_detach(self.learn.exits.logits))
         if len(self.yb): self.ys.append(self.learn.to_detach(self.yb[0]))
 
-# %% ../nbs/09_learner.ipynb #081bac7b
+# %% ../nbs/09_learner.ipynb #91cc2051
 @patch
 def get_exit_preds(self:Learner,
-    ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
+    ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train (augmented as in training, as in `get_preds`), 1 valid
     dl:DataLoader|None=None, # Batches to predict
 ) -> tuple: # Probabilities `(n,n_exits,n_out)`, the main network's last, and targets `(n,)` or None
     "What every exit predicts, in the order of the data set"
@@ -89,19 +89,19 @@ def exit_table(self:Learner,
     size = ifnone(dl, self.dls[ds_idx]).one_batch()[0].shape[-2:]
     return self.validate_exits(ds_idx, dl).merge(exit_costs(self.model, size, ensemble=True), on='exit')
 
-# %% ../nbs/09_learner.ipynb #9dbdaf42
+# %% ../nbs/09_learner.ipynb #22d72f88
 def plot_exits(
     df:pd.DataFrame, # From `exit_table`
     ax=None, # Axes to draw on (None: new ones)
 ): # The axes
     "Accuracy of each exit against its share of the main network's cost; the ensemble apart"
-    ax = ifnone(ax, plt.subplots(figsize=(5.5,3.5))[1])
+    if ax is None: _,ax = plt.subplots(figsize=(5.5,3.5))
     exits,ens = df[df.exit!='ensemble'].sort_values('share'),df[df.exit=='ensemble']
     ax.plot(exits.share, exits.accuracy, marker='o', label='exits')
     if len(ens): ax.plot(ens.share, ens.accuracy, 'D', label='ensemble of all exits')
-    for r in df.itertuples(): ax.annotate(r.exit, (r.share, r.accuracy), xytext=(0,7), textcoords='offset points', ha='center', fontsize=9)
+    for r in df.itertuples(): ax.annotate(r.exit, (r.share, r.accuracy), xytext=(0,-14), textcoords='offset points', ha='center', fontsize=9)
     ax.margins(x=0.12, y=0.25)
-    ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(xlabel="cost: share of the main network's multiply-adds", ylabel='accuracy')
-    ax.legend(loc='lower right'); ax.grid(alpha=.3)
+    ax.legend(loc='best'); ax.grid(alpha=.3)
     return ax

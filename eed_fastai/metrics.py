@@ -52,7 +52,7 @@ class EnsembleMetric(ExitMetric):
 
     def pick(self, z): return z.mean(1)
 
-# %% ../nbs/07_metrics.ipynb #af22eedc
+# %% ../nbs/07_metrics.ipynb #c628de0e
 class TermMetric(AvgLoss):
     "The mean of one term of `learn.exit_terms`"
     def __init__(self,
@@ -61,24 +61,26 @@ class TermMetric(AvgLoss):
 
     def accumulate(self, learn):
         bs = find_bs(learn.yb)
-        self.total += learn.to_detach(learn.exit_terms[self.term])*bs
+        self.total += learn.to_detach(learn.exit_terms.get(self.term, 0.))*bs   # 0 where its weight has been set to 0
         self.count += bs
 
     @property
     def name(self): return self.term
 
-# %% ../nbs/07_metrics.ipynb #a162f384
+# %% ../nbs/07_metrics.ipynb #4ab6e18e
 def exit_columns(
     names:list, # The exits' names, the main network's last
     terms:list, # Names of the loss terms
     metric=accuracy, # A function of `(pred, *yb)`, or a fastai `Metric`
 ) -> list: # Metrics
     "A metric for each exit, one for the ensemble, one for each loss term"
-    return [ExitMetric(metric, i, name) for i,name in enumerate(names)] + [EnsembleMetric(metric)] + [TermMetric(o) for o in terms]
+    res = [*[ExitMetric(metric, i, name) for i,name in enumerate(names)], EnsembleMetric(metric), *map(TermMetric, terms)]
+    for m in res: m.of_callback = True      # `without_exit_columns` takes these away, and not those that a user made
+    return res
 
-# %% ../nbs/07_metrics.ipynb #ddd520da
+# %% ../nbs/07_metrics.ipynb #0f57cc6b
 def without_exit_columns(
     metrics:list, # A Learner's metrics
 ) -> L: # The user's own among them
-    "`metrics` without the columns of this chapter"
-    return L(metrics).filter(lambda m: not isinstance(m, (ExitMetric, TermMetric)))
+    "`metrics` without those that `exit_columns` made"
+    return L(metrics).filter(lambda m: not getattr(m, 'of_callback', False))

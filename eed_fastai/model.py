@@ -31,7 +31,7 @@ def _is_channels_last(m):
     w = next((o.weight for o in m.modules() if isinstance(o, nn.Conv2d) and o.kernel_size!=(1,1) and o.in_channels>1), None)
     return w is not None and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
 
-# %% ../nbs/04_model.ipynb #cb64696e
+# %% ../nbs/04_model.ipynb #a5629fed
 class MultiExitModel(nn.Module):
     "A CNN in stages, with a head after each: `(bs,n_in,h,w)` to the main exit's logits `(bs,n_out)`. Iterating gives `(stage, head)` pairs"
     def __init__(self,
@@ -39,10 +39,11 @@ class MultiExitModel(nn.Module):
         n_out:int|None=None, # Classes; None builds no heads yet
         head:Callable=ExitHead, # Makes a head from `(ni, widths, n_out)`
         main:nn.Module|None=None, # Head of the main exit, where a classifier is kept (None: made by `head`)
+        size:int=64, # Side of the image on which stages and heads are tried, in pixels
     ):
         super().__init__()
-        self.stages,self.heads,self.head = nn.ModuleList(stages),nn.ModuleList(),head
-        self.n_in,self.shapes = n_channels(self),stage_shapes(stages)
+        self.stages,self.heads,self.head,self.size = nn.ModuleList(stages),nn.ModuleList(),head,size
+        self.n_in,self.shapes = n_channels(self),stage_shapes(stages, size)
         self.n_out,self.want_exits = None,False
         if n_out is not None: self.build(n_out, main)
 
@@ -72,12 +73,17 @@ class MultiExitModel(nn.Module):
             outs.append(head(x))
         return stack_exits(outs)
 
-# %% ../nbs/04_model.ipynb #6e9d1661
+# %% ../nbs/04_model.ipynb #c09f08c7
 @patch
-def _check(self:MultiExitModel, x):
+def _check_built(self:MultiExitModel):
     if not len(self.heads):
         raise RuntimeError("This network has no exits yet, because the number of classes is not known. "
                            "Pass `n_out=` to `multi_exit`, or put `EEDCallback()` on its Learner, which takes it from the data")
+
+# %% ../nbs/04_model.ipynb #1e9a8a87
+@patch
+def _check(self:MultiExitModel, x):
+    self._check_built()
     if x.ndim!=4 or x.shape[1]!=self.n_in:
         raise ValueError(f"The images have shape {tuple(x.shape)}, but the network takes (batch, {self.n_in}, height, width). "
                          f"Pass `n_in=` to `multi_exit`, or load the images with {self.n_in} channels")
@@ -106,13 +112,13 @@ def build(self:MultiExitModel,
     self.feature_sizes = self._probe_heads()
     return self
 
-# %% ../nbs/04_model.ipynb #8628c0bf
+# %% ../nbs/04_model.ipynb #08aa90d9
 @patch
 def _probe_heads(self:MultiExitModel):
     "The size of each head's feature, None where it gives none"
     sizes = []
     with evaluating(self):
-        x = probe_image(self)
+        x = probe_image(self, self.size)
         for i,(stage,head) in enumerate(self):
             x = stage(x)
             out = head(x)
@@ -150,20 +156,27 @@ def _create_timm(name, pretrained, n_in):
     except ImportError as e: raise ImportError(f"{name!r} is looked up in timm, which is not installed: pip install 'eed_fastai[timm]', or pass a function such as resnet18") from e
     return timm.create_model(name, pretrained=pretrained, in_chans=n_in)
 
-# %% ../nbs/04_model.ipynb #2bc07d7e
-def _kept_head(model, stages, tail):
-    "The classifier of `model` as a head, checked against `model`, and its classes; (None, None) if it has none"
-    if not any(isinstance(m, nn.Linear) for m in tail.modules()): return None,None
-    with evaluating(model):
-        x = probe_image(model)
-        kept,real = KeptHead(tail),model(x)
-        kept.eval()
-        z = kept(nn.Sequential(*stages)(x))[0]
-        if not torch.allclose(z, real, rtol=1e-4, atol=1e-5):
-            raise ValueError(f"The classifier of {type(model).__name__} does more than its modules do in a row, so it cannot be kept. Pass the network without it")
-    return kept.train(tail.training),z.shape[1]
+# %% ../nbs/04_model.ipynb #59dc2500
+def _run(m, x):
+    "What `m` gives, as a list of one or of a head's two; [None] where it fails"
+    try: out = m(x)
+    except Exception: return [None]
+    return out if isinstance(out, tuple) else [out]
 
-# %% ../nbs/04_model.ipynb #71c2f0d3
+# %% ../nbs/04_model.ipynb #b4759d30
+def _kept_head(model, stages, tail, size):
+    "The classifier of `model` as a head, checked against `model`, and its classes; (None, None) for a body without one"
+    has_linear = any(isinstance(m, nn.Linear) for m in tail.modules())
+    with evaluating(model), evaluating(tail):
+        x,kept = probe_image(model, size),KeptHead(tail)
+        real,z = (first(_run(m, x)) for m in (model, nn.Sequential(*stages, kept)))
+        if not has_linear and real is not None and real.ndim==4: return None,None
+        if not has_linear or real is None or z is None or z.shape!=real.shape or not torch.allclose(z, real, rtol=1e-4, atol=1e-5):
+            raise ValueError(f"The classifier of {type(model).__name__} cannot be kept: run on an image of {size}×{size}, its modules in a row do not end in a linear layer that gives the network's logits. "
+                             "Pass the function that makes the network, or its body alone; or `size=`, if it takes images of one size only")
+    return kept,z.shape[1]
+
+# %% ../nbs/04_model.ipynb #3cd7fddf
 def multi_exit(
     arch:Callable|str|nn.Module, # Makes a network (`resnet18`), or a timm name, or a network, which keeps its classifier and its channels
     n_out:int|None=None, # Classes (None: `EEDCallback` takes them from the data; a network that keeps its classifier has them)
@@ -171,16 +184,17 @@ def multi_exit(
     n_in:int=3, # Channels of the images
     cuts:list|None=None, # Names or child indices of the parts where stages begin (None: where the map's side changes)
     head:Callable=ExitHead, # Makes a head from `(ni, widths, n_out)`; ExitHead is EED's
+    size:int=64, # Side of the image on which the network is tried, in pixels; set it for a network that takes one size only
 ) -> MultiExitModel: # Gives the main exit's logits, and `all_exits` on request
     "Put an exit after each stage of a CNN"
     is_module = isinstance(arch, nn.Module)
     if unwrap(arch if is_module else None) is not None: raise TypeError("This network has exits already; pass the backbone, or use it as it is")
     model = arch if is_module else _create_timm(arch, pretrained, n_in) if isinstance(arch, str) else _create(arch, pretrained, n_in)
-    stages,tail = split_network(model, cuts)
-    main,n_kept = _kept_head(model, stages, tail) if is_module else (None,None)
+    stages,tail = split_network(model, cuts, size)
+    main,n_kept = _kept_head(model, stages, tail, size) if is_module else (None,None)
     if n_out is not None and n_kept not in (None, n_out):
         raise ValueError(f"The network's own classifier has {n_kept} classes, but `n_out={n_out}`. Leave `n_out` out to keep it, or pass the network without its classifier")
-    res = MultiExitModel(stages, ifnone(n_out, n_kept), head, main)
+    res = MultiExitModel(stages, ifnone(n_out, n_kept), head, main, size)
     return res.train(model.training)
 
 # %% ../nbs/04_model.ipynb #bb631a3f
@@ -192,12 +206,13 @@ class LogitsOf(Module):
 
     def forward(self, x): return self.head(x)[0]
 
-# %% ../nbs/04_model.ipynb #da3058d3
+# %% ../nbs/04_model.ipynb #389ad51d
 @patch
 def upto(self:MultiExitModel,
     i:int, # Index of the exit; -1 is the main network
 ) -> nn.Sequential: # Images `(bs,n_in,h,w)` to the exit's logits `(bs,n_out)`
     "The stand-alone network of exit `i`: stages up to there and its head, shared with this one"
+    self._check_built()
     if not -self.n_exits <= i < self.n_exits: raise IndexError(f"There is no exit {i}; this network has exits 0 to {self.n_exits-1} (the last is the main network)")
     i %= self.n_exits
     return nn.Sequential(*self.stages[:i+1], LogitsOf(self.heads[i]))
@@ -207,7 +222,7 @@ def _macs(model, shape):
     with FlopCounterMode(display=False) as counter, evaluating(model): model(torch.empty(1, *shape, device='meta'))
     return counter.get_total_flops()//2
 
-# %% ../nbs/04_model.ipynb #b82eb715
+# %% ../nbs/04_model.ipynb #ab1b03d9
 def exit_costs(
     model:MultiExitModel, # A network with its heads built
     size:int|tuple, # Side of the images in pixels, or (height, width)
@@ -215,6 +230,7 @@ def exit_costs(
 ) -> pd.DataFrame: # Columns `exit, macs, share, params`; macs for one image, share of the main network's; rows `exit0 … main`
     "Multiply-adds and parameters of each exit as a network of its own"
     hw = (size,size) if isinstance(size, int) else tuple(size)
+    unwrap(model)._check_built()
     copy = deepcopy(unwrap(model)).to('meta', torch.float32)
     nets,names = [copy.upto(i) for i in range(copy.n_exits)],copy.exit_names
     if ensemble: nets,names = [*nets, copy],[*names, 'ensemble']

@@ -11,18 +11,20 @@ from fastai.vision.all import *
 # %% ../nbs/02_stages.ipynb #7ec8553d
 def _is_plain(m): return isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
 
-# %% ../nbs/02_stages.ipynb #ffb9d79f
+# %% ../nbs/02_stages.ipynb #0e1e2df5
 def chain(
     model:nn.Module, # Any network
     prefix:str='', # Put before every name
 ) -> list: # Pairs (name, module)
-    "The children of `model` in order of definition, every plain `nn.Sequential` opened"
-    return [o for name,m in model.named_children()
+    "The parts of `model` in order of definition, every plain `nn.Sequential` opened"
+    return [o for name,m in model._modules.items() if m is not None   # not `named_children`, which leaves out a module's second use
             for o in (chain(m, f'{prefix}{name}.') if _is_plain(m) else [(prefix+name, m)])]
 
-# %% ../nbs/02_stages.ipynb #6af01613
+# %% ../nbs/02_stages.ipynb #36d4ad3a
 @contextmanager
-def evaluating(model:nn.Module):
+def evaluating(
+    model:nn.Module, # The network to look at
+):
     "Put `model` into eval mode without gradients, and give every module its own mode back"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -31,8 +33,10 @@ def evaluating(model:nn.Module):
     finally:
         for m,mode in modes: m.training = mode
 
-# %% ../nbs/02_stages.ipynb #108bf017
-def n_channels(model:nn.Module) -> int: # Channels of the images that `model` takes
+# %% ../nbs/02_stages.ipynb #7aead876
+def n_channels(
+    model:nn.Module, # A CNN
+) -> int: # Channels of the images that it takes
     "`in_channels` of the first convolution"
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if conv is None: raise ValueError(f"{type(model).__name__} has no 2-d convolution, so it has no maps to put exits on; pass a CNN")
@@ -47,10 +51,10 @@ def probe_image(
     p = next(model.parameters())
     return torch.randn(1, n_channels(model), size, size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
 
-# %% ../nbs/02_stages.ipynb #db587379
+# %% ../nbs/02_stages.ipynb #3f777c95
 def _try(m, x):
     try: return m(x)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError): return None   # a link that takes no map
+    except Exception: return None   # whatever a module says that takes no map; the proof below decides
 
 # %% ../nbs/02_stages.ipynb #8f63a24d
 def _is_map(x): return isinstance(x, Tensor) and x.ndim==4 and x.shape[-1]>1

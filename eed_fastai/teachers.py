@@ -23,11 +23,11 @@ def ensemble_teacher(
     "The mean of all exits teaches (EED eqs. 5-8)"
     return z.mean(1, keepdim=True)
 
-# %% ../nbs/05_teachers.ipynb #832c59be
+# %% ../nbs/05_teachers.ipynb #0716048d
 def _subset_mean(z, idxs):
     k = z.shape[1]
     if any(not -k<=i<k for i in idxs): raise IndexError(f"subset_teacher({idxs}) names an exit that is not there; this network has exits 0 to {k-1} (the last is the main network)")
-    return z[:,idxs].mean(1, keepdim=True)
+    return z[:,sorted({i%k for i in idxs})].mean(1, keepdim=True)   # -1 and k-1 are one exit
 
 # %% ../nbs/05_teachers.ipynb #4d70f981
 def subset_teacher(
@@ -37,11 +37,11 @@ def subset_teacher(
     if not len(idxs): raise ValueError("subset_teacher got no exit; name at least one, such as [0, -1]")
     return partial(_subset_mean, idxs=list(idxs))
 
-# %% ../nbs/05_teachers.ipynb #38b8fe7f
+# %% ../nbs/05_teachers.ipynb #00c44d93
 def _weighted_mean(z, weights):
     if len(weights)!=z.shape[1]: raise ValueError(f"weighted_teacher has {len(weights)} weights for {z.shape[1]} exits; give one for each, the main network's last")
-    w = z.new_tensor(weights)
-    return torch.einsum('j,bjd->bd', w/w.sum(), z)[:,None]
+    w = z.new_tensor(weights)[:,None]
+    return (z*(w/w.sum())).sum(1, keepdim=True)   # no einsum, which mixed precision would run in half precision
 
 # %% ../nbs/05_teachers.ipynb #7e1c7267
 def weighted_teacher(

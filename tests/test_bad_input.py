@@ -94,7 +94,7 @@ def test_misspelled_options_raise():
     with pytest.raises(TypeError): EEDCallback(apha=1.)
     with pytest.raises(TypeError): logit_kl(torch.zeros(1,2,3), torch.zeros(1,1,3), temperature=4)
     with pytest.raises(TypeError): make_learner(model=resnet18(num_classes=10)).to_eed(apha=1.)
-    with pytest.raises(TypeError): multi_exit_learner(small_digits(), tiny_resnet, pretraned=False)
+    with pytest.raises(TypeError): multi_exit_learner(small_digits(), tiny_resnet, pretrained=False, metrix=accuracy)
 
 def write_images(path, classes, n=4):
     for c in classes:
@@ -111,7 +111,7 @@ def test_folders(tmp_path):
     write_images(d, ['dog'], 1)
     with fails(ValueError, 'one image only of dog'): folder_dls(d)
     write_images(d, ['dog'])
-    assert len(folder_dls(d, size=32, num_workers=0).valid_ds)==2
+    assert len(folder_dls(d, bs=4, size=32, num_workers=0).valid_ds)==2
 
 def test_unreadable_image(tmp_path):
     write_images(tmp_path, ['cat','dog'], 6)
@@ -119,7 +119,7 @@ def test_unreadable_image(tmp_path):
     whole = (tmp_path/'cat/0.png').read_bytes()
     (tmp_path/'cat/cut.png').write_bytes(whole[:len(whole)//2])
     with fails(ValueError, '2 of 14 images cannot be read', 'cut.png', 'broken.jpg', 'skip_unreadable=True'): folder_dls(tmp_path)
-    dls = folder_dls(tmp_path, size=32, num_workers=0, skip_unreadable=True)
+    dls = folder_dls(tmp_path, bs=4, size=32, num_workers=0, skip_unreadable=True)
     assert len(dls.train_ds)+len(dls.valid_ds) == 12
 
 def test_pretrained_without_weights():
@@ -128,3 +128,6 @@ def test_pretrained_without_weights():
 def test_a_kept_classifier_with_other_classes():
     with fails(ValueError, '5 classes', 'n_out=10'): multi_exit(cifar_resnet18(n_out=5, width=8), n_out=10)
     with fails(ValueError, '5 classes', 'the data has 10'): make_learner(EEDCallback(), model=multi_exit(cifar_resnet18(n_out=5, width=8)))
+
+def test_to_eed_cannot_move_exits():
+    with fails(ValueError, 'has exits already', '`cuts` and `head`'): make_learner(model=multi_exit(tiny_resnet)).to_eed(head=PooledHead)

@@ -74,16 +74,19 @@ class CPUAutocast(Callback):
     def after_pred(self): self.dtype = self.learn.pred.dtype; self.learn.pred = self.learn.pred.float()
     def after_loss(self): self.cm.__exit__(None, None, None)
 
-@pytest.mark.parametrize('recipe', ['eed_mse_feat', 'eed_kl_feat'])
-def test_mixed_precision_has_float32_losses(recipe):
+@pytest.mark.parametrize('kw', [recipes['eed_mse_feat'], recipes['eed_kl_feat'], dict(teacher=weighted_teacher([1,2,3,4]), beta=1.)], ids=['mse','kl','weighted'])
+def test_mixed_precision_has_float32_losses(kw):
     seen = []
+    asked = []
+    teacher = kw['teacher']
+    kw = dict(kw, teacher=lambda z: (asked.append((z.dtype, teacher(z).dtype)), teacher(z))[1])
     class Look(Callback):
         order = CPUAutocast.order-1
         def after_pred(self): seen.append((self.learn.pred.dtype, self.learn.exits.logits.dtype, self.learn.exits.feats.dtype))
         def after_loss(self): seen.append(tuple(o.dtype for o in self.learn.exit_terms.values()))
-    learn = fit(make_learner([EEDCallback(**recipes[recipe]), CPUAutocast(), Look()]), 2)
+    learn = fit(make_learner([EEDCallback(**kw), CPUAutocast(), Look()]), 2)
     assert seen[0] == (torch.bfloat16, torch.float32, torch.float32)
-    assert set(seen[1]) == {torch.float32}
+    assert set(seen[1]) == {torch.float32} and set(asked) == {(torch.float32, torch.float32)}
     assert all(np.isfinite(learn.final_record))
 
 def test_no_overflow_where_half_precision_would():
@@ -205,3 +208,41 @@ def test_another_callback_that_eats_the_request_is_named():
         order = EEDCallback.order+1
         def before_batch(self): self.model(*self.xb)
     with pytest.raises(RuntimeError, match='another callback called the model'): fit(make_learner([EEDCallback(), Greedy()]))
+
+def test_mixed_labels_and_an_ignored_class():
+    fit(make_learner([EEDCallback(), MixUp()], loss_func=CrossEntropyLossFlat(ignore_index=255), dls=with_ignored(255)))
+
+def with_ignored(v):
+    dls = small_digits()
+    class Ignore(Transform):
+        def encodes(self, y:TensorCategory): y = y.clone(); y[0] = v; return y
+    dls.add_tfms([Ignore()], 'after_batch')
+    return dls
+
+def test_the_users_own_exit_metrics_stay():
+    mine = [accuracy, ExitMetric(F1Score(average='macro'), 0, 'f1_exit0'), EnsembleMetric(RocAuc(), 'auc')]
+    learn = make_learner(EEDCallback(), metrics=mine)
+    assert learn.metrics.attrgot('name')[:3] == ['accuracy','f1_exit0','auc']
+    learn.remove_cb(EEDCallback)
+    assert learn.metrics.attrgot('name') == ['accuracy','f1_exit0','auc']
+
+@pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)], ids=['fastai','torch'])
+def test_a_late_callback_keeps_the_optimizers_state(opt_func):
+    learn = make_learner(model=multi_exit(tiny_resnet), opt_func=opt_func)
+    learn.create_opt()
+    p = next(learn.model.stages.parameters())
+    p.grad = torch.ones_like(p)
+    learn.opt.step()
+    state = lambda: learn.opt.opt.state[p]['momentum_buffer'] if isinstance(learn.opt, OptimWrapper) else learn.opt.state[p]['grad_avg']
+    before = state().clone()
+    learn.opt.set_hyper('lr', 0.0123)
+    learn.add_cb(EEDCallback())
+    assert torch.equal(state(), before) and abs(learn.opt.hypers[0]['lr']-0.0123) < 1e-9
+    fit(learn)
+
+def test_alpha_changed_between_epochs():
+    class Anneal(Callback):
+        def after_epoch(self): self.learn.eed.alpha = 0.
+    learn = fit(make_learner([EEDCallback(), Anneal()]), 2)
+    col = learn.recorder.metric_names[1:].index('logit_loss')
+    assert learn.recorder.values[0][col] > 0 and learn.recorder.values[1][col] == 0

@@ -14,7 +14,7 @@ def visible(cell):
     flags = [o[2:].strip() for o in lines if o.startswith('#|')]
     if 'hide' in flags: return None
     cell.source = '\n'.join(o for o in lines if not o.startswith('#|'))
-    if 'echo: false' in flags: cell.setdefault('transient', {})['remove_source'] = True
+    if 'echo: false' in flags: cell.metadata['tags'] = ['hide-input']
     return cell
 
 def from_root(text):
@@ -26,7 +26,9 @@ def make():
     "The text of README.md, and a dictionary of picture paths and bytes"
     nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
     nb.cells = [c for c in map(visible, nb.cells) if c is not None]
-    text,resources = MarkdownExporter().from_notebook_node(nb, resources={'unique_key': 'index', 'output_files_dir': 'images'})
+    nb.metadata['language_info'] = {'name': 'python'}
+    exporter = MarkdownExporter(config={'TagRemovePreprocessor': {'enabled': True, 'remove_input_tags': ['hide-input']}})
+    text,resources = exporter.from_notebook_node(nb, resources={'unique_key': 'index', 'output_files_dir': 'images'})
     text = re.sub(r'!\[png\]\(', '![Conventional self-distillation beside exit-ensemble distillation](', from_root(text))
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', {f'nbs/{k}': v for k,v in resources['outputs'].items()}
 
