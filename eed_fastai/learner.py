@@ -89,7 +89,7 @@ def exit_table(self:Learner,
     size = ifnone(dl, self.dls[ds_idx]).one_batch()[0].shape[-2:]
     return self.validate_exits(ds_idx, dl).merge(exit_costs(self.model, size, ensemble=True), on='exit')
 
-# %% ../nbs/09_learner.ipynb #22d72f88
+# %% ../nbs/09_learner.ipynb #f5f3af86
 def plot_exits(
     df:pd.DataFrame, # From `exit_table`
     ax=None, # Axes to draw on (None: new ones)
@@ -101,7 +101,7 @@ def plot_exits(
     if len(ens): ax.plot(ens.share, ens.accuracy, 'D', label='ensemble of all exits')
     for r in df.itertuples(): ax.annotate(r.exit, (r.share, r.accuracy), xytext=(0,-14), textcoords='offset points', ha='center', fontsize=9)
     ax.margins(x=0.12, y=0.25)
-    ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(xlabel="cost: share of the main network's multiply-adds", ylabel='accuracy')
     ax.legend(loc='best'); ax.grid(alpha=.3)
     return ax
