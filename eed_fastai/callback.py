@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['recipes', 'EEDCallback', 'Recipe']
 
-# %% ../nbs/08_callback.ipynb #9f12fb99
+# %% ../nbs/08_callback.ipynb #b5244153
+from numbers import Real
 from fastai.vision.all import *
 from .exits import *
 from .model import *
@@ -13,9 +14,9 @@ from .teachers import *
 from .losses import *
 from .metrics import *
 
-# %% ../nbs/08_callback.ipynb #300c76fb
+# %% ../nbs/08_callback.ipynb #1d1e28d3
 def _check_weight(name, v):
-    if not (isinstance(v, (int, float)) and 0<=v<float('inf')):
+    if not (isinstance(v, Real) and 0<=v<float('inf')):
         raise ValueError(f"`{name}` is {v!r}; it weighs a loss term, so it must be a finite number, 0 or more")
 
 # %% ../nbs/08_callback.ipynb #498ceb97
@@ -105,13 +106,12 @@ def _detach(self:EEDCallback):
 # %% ../nbs/08_callback.ipynb #fa2d5d6f
 def _ignored(loss_func): return getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)
 
-# %% ../nbs/08_callback.ipynb #27eff79e
+# %% ../nbs/08_callback.ipynb #d5056401
 @patch
 def before_fit(self:EEDCallback):
     "Set the columns; forget what an interrupted fit left"
-    model = _live_model(self.learn)
-    self._add_columns(self.learn, model)
-    model.want_exits,self.first_batch,self.ignored = False,True,_ignored(self.loss_func)
+    self._attach(self.learn)
+    _live_model(self.learn).want_exits,self.first_batch = False,True
 
 # %% ../nbs/08_callback.ipynb #ad12475b
 @patch
@@ -185,21 +185,27 @@ class Recipe(dict):
         super().__init__(**kw)
         self.source = source
 
-# %% ../nbs/08_callback.ipynb #6c1a25ba
-def _eed_recipes():
-    "Equation (4), the main network teaching, and equation (8), the ensemble teaching, with KL or MSE and β 0 or 1"
-    return {f'{who}_{loss}{feat}': Recipe(f'EED paper, Table I: eq. {eq}, {loss.upper()}, β={beta:.0f}' + '; T=3 from the code'*(loss=='kl'), teacher=t, logit_loss=f, alpha=1., beta=beta)
-            for who,t,eq in (('main', main_teacher, 4), ('eed', ensemble_teacher, 8))
-            for loss,f in (('kl', logit_kl), ('mse', logit_mse)) for feat,beta in (('', 0.), ('_feat', 1.))}
+# %% ../nbs/08_callback.ipynb #30432cea
+def _recipe(source, logit_loss, alpha, beta, teacher=ensemble_teacher):
+    return Recipe(source, teacher=teacher, logit_loss=logit_loss, feat_loss=feat_mse, alpha=alpha, beta=beta)
 
-# %% ../nbs/08_callback.ipynb #38d5cfb9
+# %% ../nbs/08_callback.ipynb #2c5e29e2
+_kl = partial(logit_kl, T=3.)   # the paper gives no temperature; the code has 3
+
+def _table_one(teacher, eq):
+    "The four losses of one equation in the paper's Table I: KL or MSE, β 0 or 1"
+    return {f'{name}{feat}': _recipe(f"EED paper, Table I, eq. {eq}: {what}, β={beta:.0f}", loss, 1., beta, teacher)
+            for name,loss,what in (('kl', _kl, "KL (T=3 from the code)"), ('mse', logit_mse, 'MSE')) for feat,beta in (('', 0.), ('_feat', 1.))}
+
+# %% ../nbs/08_callback.ipynb #f482cd87
 recipes = {
-    'joint_ce': Recipe('EED paper, eq. 2', alpha=0., beta=0.),
-    **_eed_recipes(),
-    'eed_kl_code':      Recipe('EED code, `train.py`: 0.1·T² with T=3, no features', logit_loss=logit_kl, alpha=0.9, beta=0.),
-    'eed_kl_feat_code': Recipe('EED code, `train.py`: 0.1·T² with T=3, features 1', logit_loss=logit_kl, alpha=0.9, beta=1.),
-    'eed_mse_code':     Recipe('EED code, `train.py`: MSE 1, no features', alpha=1., beta=0.),
-    'eed_mse_feat_code':Recipe("EED code, `train.py`: MSE 1, features 1; the code's default", alpha=1., beta=1.),
+    'joint_ce': _recipe('EED paper, eq. 2', logit_mse, 0., 0.),
+    **{f'main_{k}': r for k,r in _table_one(main_teacher, 4).items()},
+    **{f'eed_{k}': r for k,r in _table_one(ensemble_teacher, 8).items()},
+    'eed_kl_code': _recipe('EED code, `train.py`: KL, 0.1·T² with T=3; no features', _kl, 0.9, 0.),
+    'eed_kl_feat_code': _recipe('EED code, `train.py`: KL, 0.1·T² with T=3; features 1', _kl, 0.9, 1.),
+    'eed_mse_code': _recipe('EED code, `train.py`: MSE 1; no features', logit_mse, 1., 0.),
+    'eed_mse_feat_code': _recipe("EED code, `train.py`: MSE 1; features 1; the code's default", logit_mse, 1., 1.),
 }
 
 # %% ../nbs/08_callback.ipynb #ce7ba249

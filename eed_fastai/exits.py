@@ -9,13 +9,13 @@ __all__ = ['ExitHead', 'PooledHead', 'exit_widths', 'make_heads', 'KeptHead']
 from fastai.vision.all import *
 from .models import init_fan_out
 
-# %% ../nbs/03_exits.ipynb #f898be24
+# %% ../nbs/03_exits.ipynb #982ab89d
 class ExitHead(Module):
     "EED's exit: 3×3 stride-2 conv–BN–ReLU blocks, global average, one linear layer (EED code, `resnet.py`)"
     def __init__(self,
         ni:int, # Channels of the stage's map
         widths:tuple=(), # Channels of each stride-2 convolution, in order; none for the main exit
-        n_out:int=10, # Classes
+        n_out:int=10, # Classes (10: the digits)
     ):
         self.convs = nn.Sequential(*[ConvLayer(i, o, stride=2) for i,o in zip((ni, *widths), widths)])
         self.pool,self.fc = nn.AdaptiveAvgPool2d(1),nn.Linear((ni, *widths)[-1], n_out)
@@ -25,13 +25,13 @@ class ExitHead(Module):
         f = self.pool(self.convs(x)).flatten(1)
         return self.fc(f), f
 
-# %% ../nbs/03_exits.ipynb #2f582ac0
+# %% ../nbs/03_exits.ipynb #9d3c92da
 class PooledHead(Module):
     "Global average and one linear layer; no feature to share"
     def __init__(self,
         ni:int, # Channels of the stage's map
         widths:tuple=(), # Taken, as from every head, and not used
-        n_out:int=10, # Classes
+        n_out:int=10, # Classes (10: the digits)
     ):
         self.pool,self.fc = nn.AdaptiveAvgPool2d(1),nn.Linear(ni, n_out)
 

@@ -59,3 +59,11 @@ def test_heads_are_built_where_the_stages_are():
     model = multi_exit(tiny_resnet).cuda().to(memory_format=torch.channels_last).build(10)
     assert all(p.is_cuda for p in model.parameters())
     assert model.all_exits(torch.randn(2,3,32,32, device='cuda'))[0].shape == (2,4,10)
+
+def test_pretrained_statistics_are_the_networks_own():
+    pytest.importorskip('timm', reason="timm is an extra: pip install 'eed_fastai[timm]'")
+    from eed_fastai.learner import _pretrained_stats
+    assert _pretrained_stats(resnet18) == imagenet_stats
+    mean,std = _pretrained_stats('convnext_tiny')
+    assert len(mean)==len(std)==3 and all(0<o<1 for o in mean+std)
+    assert tuple(_pretrained_stats('vit_base_patch16_224.augreg_in21k')[0]) == (0.5, 0.5, 0.5)

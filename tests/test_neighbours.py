@@ -246,3 +246,10 @@ def test_alpha_changed_between_epochs():
     learn = fit(make_learner([EEDCallback(), Anneal()]), 2)
     col = learn.recorder.metric_names[1:].index('logit_loss')
     assert learn.recorder.values[0][col] > 0 and learn.recorder.values[1][col] == 0
+
+def test_another_model_between_fits():
+    learn = fit(make_learner(EEDCallback()))
+    learn.model,learn.opt = multi_exit(tiny_resnet, cuts=['layer2', 'layer3']),None        # not built, and with three exits
+    fit(learn)
+    assert learn.metrics.attrgot('name')[:5] == ['accuracy','exit0','exit1','main','ensemble']
+    assert len(learn.opt.all_params()) == len(list(learn.model.parameters()))
