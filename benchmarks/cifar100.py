@@ -1,0 +1,328 @@
+"""CIFAR-100: train any row of the Exit-Ensemble Distillation paper's Tables I, II and IV, one CSV row for each run.
+
+    python benchmarks/cifar100.py --data CIFAR100 --recipe plain,joint_ce,eed_mse,eed_kl --seeds 0,1,2      # train
+    python benchmarks/cifar100.py --table 1                                                                 # published beside ours
+    python benchmarks/cifar100.py --summary                                                                 # means and paired differences
+
+CIFAR100 is a folder with the original pickles, with fastai's image folders, or with one sheet of 32×32 tiles for each class.
+Every row trains through `Learner(dls, multi_exit(…), cbs=EEDCallback(…))`; the recipe 'plain' is the same network and Learner
+without the callback. A run that is there already is not run again, and one that was cut off goes on from its checkpoint.
+
+Two protocols, named in the row:
+  select   45,000 images train and the 5,000 validation tiles judge; the test images are not touched. For choosing settings.
+  report   settings are frozen, all 50,000 train, and the last epoch is the figure. The test curve is recorded for the paper's
+           Figs. 3 and 5. The best epoch, as the paper selects, has a column of its own and chooses nothing.
+"""
+import hashlib, io, platform, random, resource, subprocess, sys
+from importlib.metadata import version
+
+from fastai.vision.all import *
+from fastcore.script import *
+from scipy.stats import t as student
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from eed_fastai import models as eed_models
+from eed_fastai.all import *
+from eed_fastai.callback import Recipe
+from eed_fastai.cli import write_whole
+from eed_fastai.data import array_dls, cifar100_stats, read_cifar100
+from eed_fastai.learner import GatherExits
+from eed_fastai.model import unwrap
+
+here = Path(__file__).resolve().parent
+n_early = 3     # exits before the main one that a row has room for
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+def read_sheet(f):
+    "A sheet of 25 tiles a row as images `(n,32,32,3)`"
+    a = np.asarray(Image.open(f).convert('RGB'))
+    return a.reshape(-1, 32, 25, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
+
+def read_sheets(path):
+    "Class sheets as `read_cifar100` gives them, and which training images are validation tiles"
+    vocab = sorted(f.stem for f in (path/'train').glob('*.webp'))
+    sets = [[read_sheet(path/part/f'{c}.webp') for c in vocab] for part in ('train', 'test')]
+    tiles = {name: set(map(int, rest)) for name,*rest in map(str.split, (path/'train-val.txt').read_text().splitlines())}
+    is_val = np.array([i in tiles[c] for c,x in zip(vocab, sets[0]) for i in range(len(x))])
+    return *[(np.concatenate(xs), np.repeat(range_of(vocab), [len(x) for x in xs])) for xs in sets], vocab, is_val
+
+def read_data(path):
+    "Training set, test set, names, and which training images judge under 'select'"
+    path = Path(path)
+    if (path/'train-val.txt').exists(): return read_sheets(path)
+    train,test,vocab = read_cifar100(path)
+    is_val = np.zeros(len(train[1]), bool)
+    for c in range_of(vocab): is_val[np.flatnonzero(train[1]==c)[-50:]] = True     # no list: the last 50 of each class
+    return train, test, vocab, is_val
+
+def take(part, mask, classes): return part[0][mask], np.searchsorted(classes, part[1][mask])
+
+def subset(train, test, vocab, is_val, every, first):
+    "Every `every`-th class, and of each its first `first` training images"
+    classes = np.arange(0, len(vocab), every)
+    rank = np.concatenate([np.arange((train[1]==c).sum()) for c in range_of(vocab)])
+    order = np.argsort(train[1], kind='stable')
+    keep = np.isin(train[1], classes)
+    keep[order[rank>=first]] = False
+    return take(train, keep, classes), take(test, np.isin(test[1], classes), classes), [vocab[c] for c in classes], is_val[keep]
+
+tasks = {'cifar100': (1, 500), 'cifar100-20x100': (5, 100)}     # the second: 20 classes, 100 images each, a small task that overfits
+
+@functools.lru_cache(1)
+def load(path, task): return subset(*read_data(path), *tasks[task])
+
+def get_dls(path, task, protocol, bs, device):
+    train,test,vocab,is_val = load(path, task)
+    if protocol=='select': train,test = [(train[0][m], train[1][m]) for m in (~is_val, is_val)]
+    return array_dls(train, test, vocab, cifar100_stats, bs=bs, val_bs=2*bs if device.type=='cpu' else 2000, device=device)
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+table_four = {f"subset_{''.join(map(str, idxs))}": Recipe(f'EED paper, Table IV: MSE, teacher of exits {idxs}, main is 3', **{**recipes['eed_mse'], 'teacher': subset_teacher(idxs)})
+              for idxs in ([0,3], [2,3], [0,2,3], [0,1,2])}
+all_recipes = {'plain': None, **recipes, **table_four}
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+def sgd(params, **kw): return OptimWrapper(params, torch.optim.SGD, momentum=0.9, **kw)
+
+def paper_lr(lr, pct): return lr * 0.1**sum(pct>=o/200 for o in (75, 130, 180))
+
+class Checkpoint(Callback):
+    "Every `every` epochs, write all that a run needs to go on"
+    order = Recorder.order+1
+    def __init__(self, file, every): store_attr(); self.rows,self.before = [],0.
+
+    def state(self):
+        return dict(model=unwrap(self.learn.model).state_dict(), opt=self.learn.opt.opt.state_dict(), rows=self.rows, seconds=self.seconds,
+                    rng=(torch.get_rng_state(), np.random.get_state(), random.getstate(), self.dls.train.rng.getstate()),
+                    cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+
+    def load(self, learn):
+        "Put `learn` where the file left it; the epoch to go on with"
+        if not self.file.exists(): return 0
+        s = torch.load(self.file, map_location='cpu', weights_only=False)
+        unwrap(learn.model).load_state_dict(s['model']); learn.opt.opt.load_state_dict(s['opt'])
+        torch.set_rng_state(s['rng'][0]); np.random.set_state(s['rng'][1]); random.setstate(s['rng'][2]); learn.dls.train.rng.setstate(s['rng'][3])
+        if s['cuda'] is not None: torch.cuda.set_rng_state(s['cuda'])
+        self.rows,self.before = s['rows'],s['seconds']
+        return len(self.rows)
+
+    @property
+    def seconds(self): return self.before + time.perf_counter() - self.start
+
+    def before_fit(self): self.start = time.perf_counter()
+
+    def after_epoch(self):
+        self.rows.append(dict(zip(self.recorder.metric_names[:-1], self.recorder.log[:-1]), seconds=round(self.seconds, 2)))
+        if len(self.rows)%self.every==0 and len(self.rows)<self.n_epoch: write_whole(self.file, partial(torch.save, self.state()))
+
+class JudgeEvery(Callback):
+    "Validate after every `n`-th epoch and the last one only"
+    def __init__(self, n): self.n = n
+    def before_validate(self):
+        if (self.epoch+1)%self.n and self.epoch+1<self.n_epoch: raise CancelValidException
+
+def make_learner(o, dls):
+    net = partial(getattr(eed_models, f'cifar_{o.network}'), **({'width': o.width} if o.width else {}))
+    set_seed(o.seed)
+    model = multi_exit(net, n_out=dls.c)      # heads for 'plain', too: the same seed then gives the same body and the same batches
+    cbs = [] if o.recipe=='plain' else EEDCallback(**all_recipes[o.recipe])
+    learn = Learner(dls, model, opt_func=partial(sgd, nesterov=o.nesterov), lr=o.lr, wd=o.wd, wd_bn_bias=True, metrics=accuracy, cbs=cbs)
+    if o.channels_last: learn.add_cb(ChannelsLast())
+    if o.amp: {'bf16': learn.to_bf16, 'fp16': learn.to_fp16}[o.amp]()
+    if o.compile: learn.model.compile()
+    return learn
+
+def fit(learn, o, checkpoint):
+    learn.create_opt()
+    if o.channels_last: learn.model.to(memory_format=torch.channels_last)
+    start = checkpoint.load(learn)
+    if start: print(f'{o.run}: goes on after epoch {start}', flush=True)
+    cbs,kw = [checkpoint, JudgeEvery(o.judge_every)],dict(wd=o.wd, start_epoch=start)
+    with learn.no_bar(), learn.no_logging():
+        if o.schedule=='paper': learn.fit(o.epochs, o.lr, cbs=[*cbs, ParamScheduler({'lr': partial(paper_lr, o.lr)})], **kw)
+        else: learn.fit_one_cycle(o.epochs, o.lr, cbs=cbs, **kw)
+
+def evaluate(learn, recipe):
+    "Accuracy, NLL and ECE (15 bins) of every exit and the ensemble from one pass, and which images each gets right"
+    gather = GatherExits()
+    with learn.no_bar(), learn.added_cbs([EEDCallback(alpha=0.)] if recipe=='plain' else []): learn.get_preds(reorder=False, cbs=gather)
+    z,y = torch.cat(gather.zs).double().cpu(),torch.cat(gather.ys).cpu()
+    z = dict(zip(unwrap(learn.model).exit_names, z.unbind(1)), ensemble=z.mean(1))
+    if recipe=='plain': z = {'main': z['main']}              # its other heads were never trained
+    res = {name: round(100*(o.argmax(1)==y).double().mean().item(), 4) for name,o in z.items()}
+    res |= {f'nll_{name}': round(F.cross_entropy(o, y).item(), 5) for name,o in z.items()}
+    res |= {f'ece_{name}': round(multiclass_calibration_error(o.softmax(1), y, num_classes=o.shape[1], n_bins=15).item(), 5) for name,o in z.items()}
+    return res,{name: np.packbits((o.argmax(1)==y).numpy()) for name,o in z.items()}
+
+def peak_memory():
+    "Megabytes: allocated on the GPU, or resident on the CPU"
+    return round(torch.cuda.max_memory_allocated()/2**20 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10)
+
+def hardware(): return torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU, {torch.get_num_threads()} thread(s)'
+
+def joules():
+    "Energy that the GPU has used so far, if NVML can be asked"
+    try:
+        import pynvml
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device()))/1000
+    except Exception: return None
+
+def checkout():
+    "The commit that this process runs, with + behind it if files have changed since"
+    def git(*args): return subprocess.run(['git', *args], cwd=here, capture_output=True, text=True).stdout.strip()
+    return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no')) or 'unknown'
+
+commit = checkout()
+exits = [*[f'exit{i}' for i in range(n_early)], 'main', 'ensemble']
+columns = ['dataset','network','width','recipe','protocol','epochs','seed','commit','hardware','torch','seconds','peak_memory',*exits,
+           'best_epoch','best_main',*[f'{m}_{e}' for m in ('nll','ece') for e in exits],'schedule','lr','wd','bs','nesterov','amp','channels_last','compile',
+           'n_train','n_judge','joules','fastai','torchvision','python','eed_fastai','run']
+
+def add_row(file, row):
+    "Append one line at once, so that runs side by side do not mix"
+    text = io.StringIO()
+    pd.DataFrame([row]).reindex(columns=columns).to_csv(text, index=False, header=not file.exists())
+    with open(file, 'a') as f: f.write(text.getvalue())
+
+def run_name(o):
+    "What tells this run from others: the main settings in words, all of them in a few letters"
+    all_of_it = {k: v for k,v in vars(o).items() if k not in ('data','results','every','run','device','judge_every')}
+    return f"{o.dataset}-{o.network}{f'-w{o.width}' if o.width else ''}-{o.recipe}-{o.protocol}-{o.schedule}{o.epochs}-s{o.seed}-{hashlib.sha1(repr(sorted(all_of_it.items())).encode()).hexdigest()[:6]}"
+
+def train(o):
+    "One run, from its settings to its row"
+    o.run = run_name(o)
+    file = o.results/'cifar100.csv'
+    if file.exists() and o.run in set(pd.read_csv(file).run): return print(f'{o.run}: there already', flush=True)
+    for d in ('history', 'bits', 'checkpoints'): (o.results/d).mkdir(parents=True, exist_ok=True)
+    energy = joules()
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    dls = get_dls(o.data, o.dataset, o.protocol, o.bs, o.device)
+    learn = make_learner(o, dls)
+    checkpoint = Checkpoint(o.results/'checkpoints'/f'{o.run}.pth', o.every)
+    fit(learn, o, checkpoint)
+    curve = pd.DataFrame(checkpoint.rows).round(5)
+    main = curve['accuracy']
+    res,bits = evaluate(learn, o.recipe)
+    row = {**vars(o), **res, 'seconds': round(checkpoint.seconds, 1), 'commit': commit, 'hardware': hardware(), 'peak_memory': peak_memory(), 'torch': torch.__version__,
+           'best_epoch': int(main.idxmax()), 'best_main': round(100*main.max(), 4), 'n_train': len(dls.train_ds), 'n_judge': len(dls.valid_ds),
+           'joules': round(joules()-energy) if energy is not None else None, 'python': platform.python_version(), **{p: version(p) for p in ('fastai','torchvision','eed_fastai')}}
+    write_whole(o.results/'history'/f'{o.run}.csv', partial(curve.to_csv, index=False))
+    write_whole(o.results/'bits'/f'{o.run}.npz', lambda p: np.savez_compressed(open(p, 'wb'), **bits))
+    add_row(file, row)
+    checkpoint.file.unlink(missing_ok=True)
+    print(f"{o.run}: " + ' '.join(f'{e} {res[e]:.2f}' for e in exits if e in res) + f" in {row['seconds']:.0f} s", flush=True)
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+methods = {('Baseline','CE',None): 'plain', ('BranchyNet','CE',0): 'joint_ce', **{(m,l.upper(),b): f"{who}_{l}{'_feat'*b}"
+           for m,who,betas in (('PL','main',(0,)), ('BYOT','main',(1,)), ('EED','eed',(0,1))) for l in ('kl','mse') for b in betas}}
+teachers = {'Main': 'main_mse', 'Exit1+Main': 'subset_03', 'Exit3+Main': 'subset_23', 'Exit1+Exit3+Main': 'subset_023', 'Exit1+Exit2+Exit3': 'subset_012', 'Exit1+Exit2+Exit3+Main': 'eed_mse'}
+networks = {'VGG19': 'vgg19', 'ResNet-18': 'resnet18', 'ResNet-50': 'resnet50', 'ResNet-101': 'resnet101', 'ResNet-152': 'resnet152',
+            'ResNeXt29-4': 'resnext29', 'WideResNet28-10': 'wrn28_10', 'PyramidNet110-270': 'pyramidnet110'}
+
+def published(table):
+    "The paper's Table I, II or IV: network, recipe, and accuracies"
+    df = pd.read_csv(here/'published'/f'table{table}.csv')
+    if table==1: df['recipe'] = [methods[m,l,None if pd.isna(b) else int(b)] for m,l,b in zip(df.method, df.output_loss, df.beta)]
+    if table==2: df = df[df.dataset=='CIFAR-100']; df['recipe'] = [methods[m,'CE' if m=='BranchyNet' else 'KL',0] for m in df.method]
+    if table==4: df['network'],df['recipe'] = 'ResNet-18',df.teacher.map(teachers)
+    df['network'] = df.network.map(networks)
+    return df.rename(columns={f'exit{i+1}': f'exit{i}' for i in range(n_early)}).reset_index(drop=True)
+
+def ours(results, **fixed):
+    "Rows of full CIFAR-100 under 'report', or those that `fixed` asks for"
+    file = results/'cifar100.csv'
+    df = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=columns)
+    for k,v in fixed.items(): df = df[df[k]==v]
+    return df
+
+def cell(v): return 'not yet run' if not len(v) else f'{v.mean():.2f}' + (f' ± {v.std():.2f} ({len(v)})' if len(v)>1 else ' (1)')
+
+def side_by_side(table, results):
+    "Published and ours, a row of the paper's table each; ours in mean ± standard deviation (seeds), by schedule"
+    rows,mine = [],ours(results, dataset='cifar100', protocol='report')
+    mine = mine[mine.width.isna()]
+    for p in published(table).itertuples():
+        got = mine[(mine.network==p.network) & (mine.recipe==p.recipe)]
+        for (schedule,epochs),g in list(got.groupby(['schedule','epochs'])) or [(('',''), got)]:
+            cols = {c: f'{getattr(p, c):.2f} | {cell(g[c].dropna())}' for c in exits[:-1] if not pd.isna(getattr(p, c, np.nan))}
+            rows.append(dict(network=p.network, recipe=p.recipe, schedule=f'{schedule} {epochs}', **cols))
+    return pd.DataFrame(rows).fillna('')
+
+def paired(a, b):
+    "Mean of the paired differences a − b over seeds that both have, its 95 % t-interval's half width, and the number of pairs"
+    d = (a.set_index('seed').main - b.set_index('seed').main).dropna()
+    n = len(d)
+    return d.mean(),(student.ppf(0.975, n-1)*d.std()/n**0.5 if n>1 else np.nan),n
+
+def paired_summary(results):
+    "For each setting and recipe: mean, standard deviation and pairs, and main's difference from joint CE and from plain"
+    rows = []
+    setting = ['dataset','network','width','protocol','schedule','epochs','lr','bs','hardware']
+    for key,g in ours(results).groupby(setting, dropna=False):
+        by = dict(list(g.groupby('recipe')))
+        for recipe,r in by.items():
+            diffs = {f'main − {o}': '{:+.2f} ± {:.2f} ({})'.format(*paired(r, by[o])) for o in ('joint_ce','plain') if o in by and o!=recipe}
+            rows.append({**dict(zip(setting[:3]+setting[3:6], key)), 'recipe': recipe, **{e: cell(r[e].dropna()) if r[e].notna().any() else '' for e in exits}, **diffs})
+    return pd.DataFrame(rows).fillna('')
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+def words(s): return [o for o in str(s).split(',') if o]
+
+def check(choices, given, what):
+    wrong = [o for o in given if o not in choices]
+    if wrong: raise CliError(f"There is no {what} {', '.join(wrong)}; there are {', '.join(map(str, choices))}")
+
+def side_by_side_runs(jobs, seeds):
+    "Start this command again for each share of the seeds, and wait"
+    argv = [o for o in sys.argv[1:]]
+    shares = [seeds[i::jobs] for i in range(jobs) if seeds[i::jobs]]
+    procs = [subprocess.Popen([sys.executable, __file__, *argv, '--jobs', '1', '--seeds', ','.join(s)]) for s in shares]
+    if any([p.wait() for p in procs]): raise CliError('A run failed; see above')
+
+@call_parse
+def main(
+    data:str=None, # Folder with CIFAR-100
+    network:str='resnet18', # Networks, with commas: resnet18, resnet50, vgg19, …
+    recipe:str='plain,joint_ce,eed_mse,eed_kl', # Recipes, with commas
+    seeds:str='0', # Seeds, with commas
+    epochs:int=200, # Epochs (200: EED code)
+    schedule:str='one_cycle', # one_cycle, or paper: SGD with steps at 75, 130 and 180 of 200
+    protocol:str='report', # select or report, see above
+    dataset:str='cifar100', # cifar100, or cifar100-20x100: every fifth class, the first 100 training images of each
+    width:int=None, # Channels of the first stage (the network's own)
+    lr:float=0.1, # (Highest) learning rate (0.1: EED code)
+    wd:float=5e-4, # Weight decay of all parameters (5e-4: EED code)
+    bs:int=128, # Images in a batch (128: EED code)
+    nesterov:bool=False, # Nesterov's momentum (EED code: not)
+    amp:str=None, # Mixed precision: bf16 or fp16, on a GPU
+    channels_last:bool=False, # Channels-last memory format
+    compile:bool=False, # torch.compile
+    threads:int=None, # CPU threads
+    every:int=10, # Epochs between checkpoints
+    judge_every:int=1, # Epochs between two points of the curve; the last epoch is always judged
+    jobs:int=1, # Runs side by side, each with its share of the seeds
+    results:str=str(here/'results'), # Folder of the rows
+    table:int=None, # Print the paper's table 1, 2 or 4 beside ours, and train nothing
+    summary:bool=False, # Print means and paired differences, and train nothing
+):
+    "Train rows of the paper's tables on CIFAR-100, or print them"
+    results = Path(results)
+    if table or summary:
+        if table: check((1,2,4), [table], 'table')
+        with pd.option_context('display.width', 250, 'display.max_columns', 30, 'display.max_colwidth', 60): return print((side_by_side(table, results) if table else paired_summary(results)).to_string(index=False))
+    if data is None: raise CliError('Give --data, the folder with CIFAR-100')
+    for given,choices,what in ((words(recipe), all_recipes, 'recipe'), ([schedule], ('one_cycle','paper'), 'schedule'), ([protocol], ('select','report'), 'protocol'), ([dataset], tasks, 'dataset'),
+                               (words(network), [o[6:] for o in eed_models.__all__ if o.startswith('cifar_')], 'network'), ([amp] if amp else [], ('bf16','fp16'), 'mixed precision')): check(choices, given, what)
+    if amp and not torch.cuda.is_available(): raise CliError('--amp needs a GPU, and there is none here')
+    if jobs>1: return side_by_side_runs(jobs, words(seeds))
+    if threads: torch.set_num_threads(threads)
+    for net,seed,rec in itertools.product(words(network), map(int, words(seeds)), words(recipe)):
+        train(SimpleNamespace(data=data, dataset=dataset, network=net, width=width, recipe=rec, protocol=protocol, schedule=schedule, epochs=epochs, seed=seed, lr=lr, wd=wd, bs=bs,
+                              nesterov=nesterov, amp=amp, channels_last=channels_last, compile=compile, device=default_device(), results=results, every=every, judge_every=judge_every))
