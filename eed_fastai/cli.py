@@ -95,9 +95,12 @@ class WriteHistory(Callback):
         self.rows.append(dict(zip(self.recorder.metric_names, self.recorder.log)))
         write_whole(self.file, partial(pd.DataFrame(self.rows).to_csv, index=False))
 
-# %% ../nbs/13_cli.ipynb #ec2d59a5
+# %% ../nbs/13_cli.ipynb #496f06fe
 def _data(data, bs, size, valid_pct, seed, skip_unreadable):
     if data=='digits': return digits_dls(bs=bs, size=size or 32)
+    if data=='cifar100' or is_cifar100(data):
+        if size not in (None, 32): raise ValueError(f"`size` is {size}, but CIFAR-100's images are used as they are, 32 pixels wide; leave it out")
+        return cifar100_dls(None if data=='cifar100' and not Path(data).exists() else data, bs=bs)
     return folder_dls(data, bs=bs, size=size or 128, valid_pct=valid_pct, seed=seed, skip_unreadable=skip_unreadable)
 
 # %% ../nbs/13_cli.ipynb #c742420a
@@ -121,16 +124,16 @@ def _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained
     with learn.added_cbs(WriteHistory(out/'history.csv')): _fit(learn, epochs, lr, pretrained, out)
     return learn, write_results(learn, out)
 
-# %% ../nbs/13_cli.ipynb #ee8628d8
+# %% ../nbs/13_cli.ipynb #89756590
 @call_parse
 def eed_train(
-    data:str='digits', # `digits` (scikit-learn's, no download), or a folder of class folders, or one with train and valid
-    arch:str='resnet18', # Network: any CNN of torchvision that can be cut into stages, or cifar_resnet18
+    data:str='digits', # digits (scikit-learn's, no download), cifar100 (downloaded), or a folder: class folders, train and valid with class folders, or CIFAR-100
+    arch:str='resnet18', # Network: any CNN of torchvision that can be cut into stages, or of eed_fastai, such as cifar_resnet18
     recipe:str='eed_mse', # Loss: joint_ce, eed_mse, eed_kl, main_mse, …; a wrong one shows the right ones
     epochs:int=8, # Epochs of one-cycle training, after one with a frozen body if pretrained (8: about 90 s on 2 cores for the digits)
     lr:float=3e-3, # Highest learning rate (3e-3: as in the README)
     bs:int=64, # Images in a batch (64: fastai's default)
-    size:int=None, # Side of the images in pixels (32 for digits, else 128)
+    size:int=None, # Side of the images in pixels (32 for digits and CIFAR-100, else 128)
     valid_pct:float=0.2, # Share of the images that judge, where there are no train and valid folders
     seed:int=42, # Seed of the weights, the batches and the split of a folder (the digits' split is fixed)
     pretrained:bool=False, # Start from the published weights (they are downloaded)

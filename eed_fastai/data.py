@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cifar100_stats', 'digit_image', 'digits_dls', 'folder_dls', 'crop_flip', 'CropFlip', 'MemoryDL', 'array_dls',
-           'read_cifar100', 'cifar100_dls']
+           'is_cifar100', 'read_cifar100', 'cifar100_dls']
 
 # %% ../nbs/00_data.ipynb #f8b06f02
 import pickle
@@ -193,14 +193,25 @@ def _cifar100_folders(path):
     def read(f): return np.asarray(Image.open(f).convert('RGB'))
     return *[(np.stack(parallel(read, fs, threadpool=True, n_workers=defaults.cpus, progress=False)), np.array([vocab.index(parent_label(f)) for f in fs])) for fs in files],vocab
 
-# %% ../nbs/00_data.ipynb #7229a767
+# %% ../nbs/00_data.ipynb #588b40f9
+def _has_pickles(path): return all((path/n).is_file() for n in ('train','test','meta'))
+def _cifar100_places(path): return path,path/'cifar-100-python',path/'cifar100'
+
+def is_cifar100(
+    path, # A folder
+) -> bool: # Does it hold CIFAR-100's pickles, or is it called so and holds `train` and `test`?
+    "Is this folder CIFAR-100, in a form that `read_cifar100` reads?"
+    named = lambda o: re.search('cifar.?100', o.name) and all((o/n).is_dir() for n in ('train','test'))
+    return any(_has_pickles(o) or bool(named(o)) for o in _cifar100_places(Path(path)))
+
+# %% ../nbs/00_data.ipynb #c7b0ce13
 def read_cifar100(
     path=None, # Folder with the original pickles, or with fastai's `train` and `test` (None: download fastai's copy, 169 MB)
 ) -> tuple: # (images `(50000,32,32,3)` uint8, labels `(50000,)`) to train, the same of the 10,000 to test, and the 100 names
     "CIFAR-100 as arrays"
     path = Path(path) if path is not None else untar_data(URLs.CIFAR_100)
-    for o in (path, path/'cifar-100-python', path/'cifar100'):
-        if all((o/n).is_file() for n in ('train','test','meta')): return _cifar100_pickles(o)
+    for o in _cifar100_places(path):
+        if _has_pickles(o): return _cifar100_pickles(o)
         if all((o/n).is_dir() and get_image_files(o/n) for n in ('train','test')): return _cifar100_folders(o)
     raise FileNotFoundError(f"{path} holds no CIFAR-100; expected the files `train`, `test` and `meta` of cifar-100-python, or folders `train` and `test` with an image folder for each class")
 

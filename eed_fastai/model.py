@@ -31,7 +31,7 @@ def _is_channels_last(m):
     w = next((o.weight for o in m.modules() if isinstance(o, nn.Conv2d) and o.kernel_size!=(1,1) and o.in_channels>1), None)
     return w is not None and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
 
-# %% ../nbs/04_model.ipynb #a5629fed
+# %% ../nbs/04_model.ipynb #c711a95a
 class MultiExitModel(nn.Module):
     "A CNN in stages, with a head after each: `(bs,n_in,h,w)` to the main exit's logits `(bs,n_out)`. Iterating gives `(stage, head)` pairs"
     def __init__(self,
@@ -40,9 +40,10 @@ class MultiExitModel(nn.Module):
         head:Callable=ExitHead, # Makes a head from `(ni, widths, n_out)`
         main:nn.Module|None=None, # Head of the main exit, where a classifier is kept (None: made by `head`)
         size:int=64, # Side of the image on which stages and heads are tried, in pixels
+        plan:list|None=None, # For each stage what is special about its exit, see `make_heads`
     ):
         super().__init__()
-        self.stages,self.heads,self.head,self.size = nn.ModuleList(stages),nn.ModuleList(),head,size
+        self.stages,self.heads,self.head,self.size,self.plan = nn.ModuleList(stages),nn.ModuleList(),head,size,plan
         self.n_in,self.shapes = n_channels(self),stage_shapes(stages, size)
         self.n_out,self.want_exits = None,False
         if n_out is not None: self.build(n_out, main)
@@ -96,14 +97,14 @@ def _stage(self:MultiExitModel, i, x):
                          "Use larger images (`Resize`), or a network with a smaller stem, such as `cifar_resnet18`")
     return self.stages[i](x)
 
-# %% ../nbs/04_model.ipynb #f4eacfd9
+# %% ../nbs/04_model.ipynb #42c41684
 @patch
 def build(self:MultiExitModel,
     n_out:int, # Classes
     main:nn.Module|None=None, # Head of the main exit (None: made as the others are)
 ) -> MultiExitModel: # The same network
     "Make the heads, on the stages' device, in their dtype and memory format"
-    heads = make_heads(self.shapes, n_out, self.head)
+    heads = make_heads(self.shapes, n_out, self.head, self.plan)
     if main is not None: heads[-1] = main
     p = next(self.stages.parameters())
     self.heads,self.n_out = nn.ModuleList(heads).to(p.device, p.dtype),n_out
@@ -176,13 +177,21 @@ def _kept_head(model, stages, tail, size):
                              "Pass the function that makes the network, or its body alone; or `size=`, if it takes images of one size only")
     return kept,z.shape[1]
 
-# %% ../nbs/04_model.ipynb #3cd7fddf
+# %% ../nbs/04_model.ipynb #c2b6cb17
+def _planned(model, cuts):
+    "Where stages begin, and for each what is special about its exit: what the network itself says, unless `cuts` are given"
+    plan = getattr(model, 'exit_plan', None)
+    if cuts is not None or plan is None: return cuts,None
+    names = list(model._modules)
+    return [names[names.index(o)+1] for o in plan],[*plan.values(), {}]
+
+# %% ../nbs/04_model.ipynb #9924067f
 def multi_exit(
     arch:Callable|str|nn.Module, # Makes a network (`resnet18`), or a timm name, or a network, which keeps its classifier and its channels
     n_out:int|None=None, # Classes (None: `EEDCallback` takes them from the data; a network that keeps its classifier has them)
     pretrained:bool=False, # Start from the published weights? They are downloaded
     n_in:int=3, # Channels of the images
-    cuts:list|None=None, # Names or child indices of the parts where stages begin (None: where the map's side changes)
+    cuts:list|None=None, # Names or child indices of the parts where stages begin (None: where the network's `exit_plan` says, or where the map's side changes)
     head:Callable=ExitHead, # Makes a head from `(ni, widths, n_out)`; ExitHead is EED's
     size:int=64, # Side of the image on which the network is tried, in pixels; set it for a network that takes one size only
 ) -> MultiExitModel: # Gives the main exit's logits, and `all_exits` on request
@@ -190,11 +199,12 @@ def multi_exit(
     is_module = isinstance(arch, nn.Module)
     if unwrap(arch if is_module else None) is not None: raise TypeError("This network has exits already; pass the backbone, or use it as it is")
     model = arch if is_module else _create_timm(arch, pretrained, n_in) if isinstance(arch, str) else _create(arch, pretrained, n_in)
+    cuts,plan = _planned(model, cuts)
     stages,tail = split_network(model, cuts, size)
     main,n_kept = _kept_head(model, stages, tail, size) if is_module else (None,None)
     if n_out is not None and n_kept not in (None, n_out):
         raise ValueError(f"The network's own classifier has {n_kept} classes, but `n_out={n_out}`. Leave `n_out` out to keep it, or pass the network without its classifier")
-    res = MultiExitModel(stages, ifnone(n_out, n_kept), head, main, size)
+    res = MultiExitModel(stages, ifnone(n_out, n_kept), head, main, size, plan)
     return res.train(model.training)
 
 # %% ../nbs/04_model.ipynb #bb631a3f
