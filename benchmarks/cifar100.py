@@ -72,7 +72,8 @@ tasks = {'cifar100': (1, 500), 'cifar100-20x100': (5, 100)}     # the second: 20
 @functools.lru_cache(1)
 def load(path, task): return subset(*read_data(path), *tasks[task])
 
-def get_dls(path, task, protocol, bs, device):
+def get_dls(path, task, protocol, bs, device, seed=0):
+    set_seed(seed)              # the loader draws its order from a generator that is seeded when it is made
     train,test,vocab,is_val = load(path, task)
     if protocol=='select': train,test = [(train[0][m], train[1][m]) for m in (~is_val, is_val)]
     return array_dls(train, test, vocab, cifar100_stats, bs=bs, val_bs=2*bs if device.type=='cpu' else 2000, device=device)
@@ -92,10 +93,10 @@ def paper_lr(lr, pct): return lr * 0.1**sum(pct>=o/200 for o in (75, 130, 180))
 class Checkpoint(Callback):
     "Every `every` epochs, write all that a run needs to go on"
     order = Recorder.order+1
-    def __init__(self, file, every): store_attr(); self.rows,self.before = [],0.
+    def __init__(self, file, every): store_attr(); self.rows,self.before,self.smooth = [],0.,None
 
     def state(self):
-        return dict(model=unwrap(self.learn.model).state_dict(), opt=self.learn.opt.opt.state_dict(), rows=self.rows, seconds=self.seconds,
+        return dict(model=unwrap(self.learn.model).state_dict(), opt=self.learn.opt.opt.state_dict(), rows=self.rows, seconds=self.seconds, smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val),
                     rng=(torch.get_rng_state(), np.random.get_state(), random.getstate(), self.dls.train.rng.getstate()),
                     cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
 
@@ -106,15 +107,18 @@ class Checkpoint(Callback):
         unwrap(learn.model).load_state_dict(s['model']); learn.opt.opt.load_state_dict(s['opt'])
         torch.set_rng_state(s['rng'][0]); np.random.set_state(s['rng'][1]); random.setstate(s['rng'][2]); learn.dls.train.rng.setstate(s['rng'][3])
         if s['cuda'] is not None: torch.cuda.set_rng_state(s['cuda'])
-        self.rows,self.before = s['rows'],s['seconds']
+        self.rows,self.before,self.smooth = s['rows'],s['seconds'],s['smooth']
         return len(self.rows)
 
     @property
     def seconds(self): return self.before + time.perf_counter() - self.start
 
-    def before_fit(self): self.start = time.perf_counter()
+    def before_fit(self):
+        self.start = time.perf_counter()
+        if self.smooth: self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self.smooth
 
     def after_epoch(self):
+        if self.epoch<len(self.rows): return        # trained before the cut, and skipped now
         self.rows.append(dict(zip(self.recorder.metric_names[:-1], self.recorder.log[:-1]), seconds=round(self.seconds, 2)))
         if len(self.rows)%self.every==0 and len(self.rows)<self.n_epoch: write_whole(self.file, partial(torch.save, self.state()))
 
@@ -201,7 +205,7 @@ def train(o):
     for d in ('history', 'bits', 'checkpoints'): (o.results/d).mkdir(parents=True, exist_ok=True)
     energy = joules()
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    dls = get_dls(o.data, o.dataset, o.protocol, o.bs, o.device)
+    dls = get_dls(o.data, o.dataset, o.protocol, o.bs, o.device, o.seed)
     learn = make_learner(o, dls)
     checkpoint = Checkpoint(o.results/'checkpoints'/f'{o.run}.pth', o.every)
     fit(learn, o, checkpoint)
@@ -277,7 +281,7 @@ def words(s): return [o for o in str(s).split(',') if o]
 
 def check(choices, given, what):
     wrong = [o for o in given if o not in choices]
-    if wrong: raise CliError(f"There is no {what} {', '.join(wrong)}; there are {', '.join(map(str, choices))}")
+    if wrong: raise CliError(f"There is no {what} {', '.join(map(str, wrong))}; there are {', '.join(map(str, choices))}")
 
 def side_by_side_runs(jobs, seeds):
     "Start this command again for each share of the seeds, and wait"
@@ -321,6 +325,8 @@ def main(
     for given,choices,what in ((words(recipe), all_recipes, 'recipe'), ([schedule], ('one_cycle','paper'), 'schedule'), ([protocol], ('select','report'), 'protocol'), ([dataset], tasks, 'dataset'),
                                (words(network), [o[6:] for o in eed_models.__all__ if o.startswith('cifar_')], 'network'), ([amp] if amp else [], ('bf16','fp16'), 'mixed precision')): check(choices, given, what)
     if amp and not torch.cuda.is_available(): raise CliError('--amp needs a GPU, and there is none here')
+    try: load(data, dataset)
+    except (OSError, ValueError) as e: raise CliError(str(e)) from e
     if jobs>1: return side_by_side_runs(jobs, words(seeds))
     if threads: torch.set_num_threads(threads)
     for net,seed,rec in itertools.product(words(network), map(int, words(seeds)), words(recipe)):

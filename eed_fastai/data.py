@@ -139,9 +139,10 @@ class MemoryDL(TfmdDL):
         idxs = torch.tensor(list(samps), device=self.device).split(self.bs)
         return ((TensorImage(x[i]), TensorCategory(y[i])) for i in idxs if len(i)==self.bs or not self.drop_last)
 
-# %% ../nbs/00_data.ipynb #b330db6c
+# %% ../nbs/00_data.ipynb #5e1271f0
 def _check_arrays(name, x, y, n):
     if x.ndim!=4 or x.shape[-1]!=3 or x.dtype!=np.uint8: raise ValueError(f"The {name} images are {x.dtype} of shape {x.shape}; expected uint8 of shape (n, height, width, 3)")
+    if np.asarray(y).dtype.kind not in 'iu': raise ValueError(f"The {name} labels are {np.asarray(y).dtype}; expected whole numbers, the index of each image's class in `vocab`")
     if len(x)!=len(y): raise ValueError(f"There are {len(x)} {name} images and {len(y)} labels; each image needs one")
     if len(y) and not (0<=min(y) and max(y)<n): raise ValueError(f"The {name} labels go from {min(y)} to {max(y)}; with {n} classes they are 0 to {n-1}")
 
