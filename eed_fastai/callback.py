@@ -133,34 +133,48 @@ def after_pred(self:EEDCallback):
     self.learn.exits = Exits(z.float(), None if f is None else f.float())
     self.learn.pred = z[:,-1]
 
-# %% ../nbs/08_callback.ipynb #22987543
+# %% ../nbs/08_callback.ipynb #45a68703
 @patch
 def _check_targets(self:EEDCallback, y):
-    if y.ndim!=1 or y.is_floating_point() or not (y.device.type=='cpu' or getattr(self, 'first_batch', True)): return
-    self.first_batch = False
-    y,n_out = y[y!=self.ignored],_live_model(self.learn).n_out
+    y = y.as_subclass(Tensor)
+    if y.ndim!=1 or not len(y) or y.is_floating_point() or not (y.device.type=='cpu' or getattr(self, 'first_batch', True)): return
+    self.first_batch,n_out,(lo,hi) = False,_live_model(self.learn).n_out,torch.stack(y.aminmax()).tolist()
+    if 0<=lo and hi<n_out: return
+    y = y[y!=self.ignored]
     if len(y) and not (0<=y.min() and y.max()<n_out):
         raise ValueError(f"The targets go from {int(y.min())} to {int(y.max())}, but the network has {n_out} classes, 0 to {n_out-1}. Check the labels, or `n_out`")
 
-# %% ../nbs/08_callback.ipynb #8ba14c00
+# %% ../nbs/08_callback.ipynb #3f0232f4
+def _averages_rows(lf, yb):
+    "Does `lf` average over rows of logits, so that one call can judge all exits?"
+    return isinstance(lf, BaseLoss) and lf.is_2d and lf.flatten and lf.axis==-1 and getattr(lf.func, 'reduction', None)=='mean' and len(yb)==1 and yb[0].ndim==1
+
+# %% ../nbs/08_callback.ipynb #e06f3a59
+def _exit_loss(lf, z, yb):
+    "The sum of `lf` over the exits in `z`"
+    n = z.shape[1]
+    if n and _averages_rows(lf, yb): return n * lf(z, yb[0][:,None].expand(-1, n))
+    return sum((lf(o, *yb).mean() for o in z.unbind(1)), z.new_zeros(()))
+
+# %% ../nbs/08_callback.ipynb #6dd09895
 @patch
 def _terms(self:EEDCallback, z, f):
-    lf = self.learn.loss_func
-    res = {'exit_loss': sum((lf(z[:,i], *self.yb).mean() for i in range(z.shape[1]-1)), z.new_zeros(()))}
+    res = {'exit_loss': _exit_loss(self.learn.loss_func, z[:,:-1], self.yb)}
     if self.alpha: res['logit_loss'] = self.alpha * self.logit_loss(z, self.teacher(z.detach()))
     if self.beta: res['feat_loss'] = self.beta * self.feat_loss(f, self.teacher(f.detach()))
     return res
 
-# %% ../nbs/08_callback.ipynb #a130a03f
+# %% ../nbs/08_callback.ipynb #fdb8775d
 @patch
 def after_loss(self:EEDCallback):
     "Compute the terms, and in training add them to the loss"
     if not len(self.yb): return
-    terms = self._terms(*self.learn.exits)
-    self.learn.exit_terms = {k:v.detach() for k,v in terms.items()}
-    if not self.training: return
-    self.learn.loss_grad = self.learn.loss_grad + sum(terms.values())
-    self.learn.loss = self.learn.loss_grad.detach().clone()   # a clone: GradientAccumulation divides `loss_grad` in place
+    with torch._C.DisableTorchFunctionSubclass():             # plain tensors inside
+        terms = self._terms(*self.learn.exits)
+        self.learn.exit_terms = {k:v.detach() for k,v in terms.items()}
+        if not self.training: return
+        self.learn.loss_grad = self.learn.loss_grad + sum(terms.values())
+        self.learn.loss = self.learn.loss_grad.detach().clone()   # a clone: GradientAccumulation divides `loss_grad` in place
 
 # %% ../nbs/08_callback.ipynb #7863bbd5
 @patch
