@@ -72,8 +72,7 @@ tasks = {'cifar100': (1, 500), 'cifar100-20x100': (5, 100)}     # the second: 20
 @functools.lru_cache(1)
 def load(path, task): return subset(*read_data(path), *tasks[task])
 
-def get_dls(path, task, protocol, bs, device, seed=0):
-    set_seed(seed)              # the loader draws its order from a generator that is seeded when it is made
+def get_dls(path, task, protocol, bs, device):
     train,test,vocab,is_val = load(path, task)
     if protocol=='select': train,test = [(train[0][m], train[1][m]) for m in (~is_val, is_val)]
     return array_dls(train, test, vocab, cifar100_stats, bs=bs, val_bs=2*bs if device.type=='cpu' else 2000, device=device)
@@ -88,7 +87,8 @@ all_recipes = {'plain': None, **recipes, **table_four}
 
 def sgd(params, **kw): return OptimWrapper(params, torch.optim.SGD, momentum=0.9, **kw)
 
-def paper_lr(lr, pct): return lr * 0.1**sum(pct>=o/200 for o in (75, 130, 180))
+steps = {'paper': (75/200, 130/200, 180/200), 'imagenet': (30/90, 60/90)}     # shares of the training after which the rate is divided by 10: EED code; MSDNet, IMTA
+def step_lr(lr, at, pct): return lr * 0.1**sum(pct>=o for o in at)
 
 class Checkpoint(Callback):
     "Every `every` epochs, write all that a run needs to go on"
@@ -128,10 +128,9 @@ class JudgeEvery(Callback):
     def before_validate(self):
         if (self.epoch+1)%self.n and self.epoch+1<self.n_epoch: raise CancelValidException
 
-def make_learner(o, dls):
-    net = partial(getattr(eed_models, f'cifar_{o.network}'), **({'width': o.width} if o.width else {}))
+def make_learner(o, dls, arch):
     set_seed(o.seed)
-    model = multi_exit(net, n_out=dls.c)      # heads for 'plain', too: the same seed then gives the same body and the same batches
+    model = multi_exit(arch, n_out=dls.c)      # heads for 'plain', too: the same seed then gives the same body and the same batches
     cbs = [] if o.recipe=='plain' else EEDCallback(**all_recipes[o.recipe])
     learn = Learner(dls, model, opt_func=partial(sgd, nesterov=o.nesterov), lr=o.lr, wd=o.wd, wd_bn_bias=True, metrics=accuracy, cbs=cbs)
     if o.channels_last: learn.add_cb(ChannelsLast())
@@ -146,15 +145,15 @@ def fit(learn, o, checkpoint):
     if start: print(f'{o.run}: goes on after epoch {start}', flush=True)
     cbs,kw = [checkpoint, JudgeEvery(o.judge_every)],dict(wd=o.wd, start_epoch=start)
     with learn.no_bar(), learn.no_logging():
-        if o.schedule=='paper': learn.fit(o.epochs, o.lr, cbs=[*cbs, ParamScheduler({'lr': partial(paper_lr, o.lr)})], **kw)
+        if o.schedule in steps: learn.fit(o.epochs, o.lr, cbs=[*cbs, ParamScheduler({'lr': partial(step_lr, o.lr, steps[o.schedule])})], **kw)
         else: learn.fit_one_cycle(o.epochs, o.lr, cbs=cbs, **kw)
 
 def evaluate(learn, recipe):
     "Accuracy, NLL and ECE (15 bins) of every exit and the ensemble from one pass, and which images each gets right"
     gather = GatherExits()
     with learn.no_bar(), learn.added_cbs([EEDCallback(alpha=0.)] if recipe=='plain' else []): learn.get_preds(reorder=False, cbs=gather)
-    z,y = torch.cat(gather.zs).double().cpu(),torch.cat(gather.ys).cpu()
-    z = dict(zip(unwrap(learn.model).exit_names, z.unbind(1)), ensemble=z.mean(1))
+    z,y = torch.cat(gather.zs).cpu(),torch.cat(gather.ys).cpu()
+    z = {k: v.double() for k,v in dict(zip(unwrap(learn.model).exit_names, z.unbind(1)), ensemble=z.mean(1)).items()}
     if recipe=='plain': z = {'main': z['main']}              # its other heads were never trained
     res = {name: round(100*(o.argmax(1)==y).double().mean().item(), 4) for name,o in z.items()}
     res |= {f'nll_{name}': round(F.cross_entropy(o, y).item(), 5) for name,o in z.items()}
@@ -178,7 +177,7 @@ def joules():
 def checkout():
     "The commit that this process runs, with + behind it if files have changed since"
     def git(*args): return subprocess.run(['git', *args], cwd=here, capture_output=True, text=True).stdout.strip()
-    return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no')) or 'unknown'
+    return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(top,exclude)benchmarks/results')) or 'unknown'
 
 commit = checkout()
 exits = [*[f'exit{i}' for i in range(n_early)], 'main', 'ensemble']
@@ -197,29 +196,35 @@ def run_name(o):
     all_of_it = {k: v for k,v in vars(o).items() if k not in ('data','results','every','run','device','judge_every')}
     return f"{o.dataset}-{o.network}{f'-w{o.width}' if o.width else ''}-{o.recipe}-{o.protocol}-{o.schedule}{o.epochs}-s{o.seed}-{hashlib.sha1(repr(sorted(all_of_it.items())).encode()).hexdigest()[:6]}"
 
-def train(o):
-    "One run, from its settings to its row"
+def there(file): return set(pd.read_csv(file).run) if file.exists() else set()
+
+def train_row(o, name, make_dls, arch):
+    "One run, from its settings to its row in `name`.csv"
     o.run = run_name(o)
-    file = o.results/'cifar100.csv'
-    if file.exists() and o.run in set(pd.read_csv(file).run): return print(f'{o.run}: there already', flush=True)
+    file = o.results/f'{name}.csv'
+    if o.run in there(file): return print(f'{o.run}: there already', flush=True)
     for d in ('history', 'bits', 'checkpoints'): (o.results/d).mkdir(parents=True, exist_ok=True)
     energy = joules()
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    dls = get_dls(o.data, o.dataset, o.protocol, o.bs, o.device, o.seed)
-    learn = make_learner(o, dls)
+    set_seed(o.seed)            # a loader draws its order from a generator that is seeded when it is made
+    dls = make_dls()
+    learn = make_learner(o, dls, arch)
     checkpoint = Checkpoint(o.results/'checkpoints'/f'{o.run}.pth', o.every)
     fit(learn, o, checkpoint)
     curve = pd.DataFrame(checkpoint.rows).round(5)
-    main = curve['accuracy']
     res,bits = evaluate(learn, o.recipe)
     row = {**vars(o), **res, 'seconds': round(checkpoint.seconds, 1), 'commit': commit, 'hardware': hardware(), 'peak_memory': peak_memory(), 'torch': torch.__version__,
-           'best_epoch': int(main.idxmax()), 'best_main': round(100*main.max(), 4), 'n_train': len(dls.train_ds), 'n_judge': len(dls.valid_ds),
+           'best_epoch': int(curve.accuracy.idxmax()), 'best_main': round(100*curve.accuracy.max(), 4), 'n_train': len(dls.train_ds), 'n_judge': len(dls.valid_ds),
            'joules': round(joules()-energy) if energy is not None else None, 'python': platform.python_version(), **{p: version(p) for p in ('fastai','torchvision','eed_fastai')}}
     write_whole(o.results/'history'/f'{o.run}.csv', partial(curve.to_csv, index=False))
     write_whole(o.results/'bits'/f'{o.run}.npz', lambda p: np.savez_compressed(open(p, 'wb'), **bits))
-    add_row(file, row)
+    if o.run not in there(file): add_row(file, row)      # another process may have been faster
     checkpoint.file.unlink(missing_ok=True)
     print(f"{o.run}: " + ' '.join(f'{e} {res[e]:.2f}' for e in exits if e in res) + f" in {row['seconds']:.0f} s", flush=True)
+
+def train(o):
+    arch = partial(getattr(eed_models, f'cifar_{o.network}'), **({'width': o.width} if o.width else {}))
+    train_row(o, 'cifar100', partial(get_dls, o.data, o.dataset, o.protocol, o.bs, o.device), arch)
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 

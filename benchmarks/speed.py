@@ -16,7 +16,6 @@ from fastcore.script import *
 
 from cifar100 import checkout, hardware, here, sgd
 from eed_fastai.all import *
-from eed_fastai.stages import chain
 
 def sync(): torch.cuda.synchronize() if torch.cuda.is_available() else None
 
@@ -214,10 +213,8 @@ def main(
         return write_rows('growth.csv', df) if write else None
     for name in [network] if network else networks:
         df = steps(name, rounds, n*50 if name=='tiny' else n)
-        print(df[['network','bs','variant','seconds','fastest','ratio']].round(5).to_string(index=False), f'\nThe callback adds {callback_ms(df):.2f} ms a batch to bare fastai, beyond the mathematics', flush=True)
+        print(df[['network','bs','variant','seconds','fastest','ratio']].round(5).to_string(index=False), flush=True)
+        if name=='tiny': print(f'The callback adds {callback_ms(df):.2f} ms a batch to bare fastai, beyond the mathematics; a round differs from the fastest by {1000*(df.seconds-df.fastest).max():.2f} ms')
         if write: write_rows('speed.csv', df)
-    arch,size,bs,n_out = networks['cifar_resnet18']
     print(f'The data path alone gives {data_rate():,.0f} images a second')
-    if not network or network=='cifar_resnet18':
-        s = df.set_index('variant').seconds if network else None
-        print(f'A matrix product runs at {matrix_rate(torch.float32)/1e9:,.0f} GFLOP/s here')
+    print(f'A matrix product runs at {matrix_rate(torch.float32)/1e9:,.0f} GFLOP/s here; a step of cifar_resnet18 with all exits takes {step_flop(cifar_resnet18, 100, 32, 64)/1e9:,.0f} GFLOP')

@@ -1,16 +1,13 @@
 "The benchmark scripts, on a data set small enough for a test, and the rows that are committed."
-import importlib.util, json, os, pickle, subprocess, sys
+import os, pickle, subprocess, sys
 import pytest
 from conftest import *
 
 root = Path(__file__).resolve().parent.parent
 pytest.importorskip('torchmetrics', reason="torchmetrics is an extra: pip install 'eed_fastai[bench]'")
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, root/'benchmarks'/f'{name}.py')
-    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-    return module
-cifar100 = script('cifar100')
+sys.path.insert(0, str(root/'benchmarks'))
+import cifar100, imagenet, speed
 cifar = Path(os.environ.get('EED_CIFAR100') or root/'data'/'cifar100')
 
 @pytest.fixture(scope='session')
@@ -93,8 +90,8 @@ def test_learning_rates(schedule, data):
         def after_batch(self):
             if self.training: lrs.append(self.opt.hypers[0]['lr'])
     dls = cifar100.get_dls(data, 'cifar100', 'report', 600, torch.device('cpu'))       # one batch an epoch
-    o = SimpleNamespace(network='resnet18', width=8, recipe='plain', seed=0, lr=0.1, wd=5e-4, nesterov=False, channels_last=False, amp=None, compile=False, schedule=schedule, epochs=8, run='', judge_every=99)
-    learn = cifar100.make_learner(o, dls)
+    o = SimpleNamespace(recipe='plain', seed=0, lr=0.1, wd=5e-4, nesterov=False, channels_last=False, amp=None, compile=False, schedule=schedule, epochs=8, run='', judge_every=99)
+    learn = cifar100.make_learner(o, dls, tiny_resnet)
     learn.model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3,10))
     learn.add_cb(Watch())
     cifar100.fit(learn, o, cifar100.Checkpoint(Path('none.pth'), 99))
@@ -140,3 +137,30 @@ def test_committed_rows_have_their_files():
     for row in df.itertuples():
         bits,curve = np.load(root/'benchmarks'/'results'/'bits'/f'{row.run}.npz'),pd.read_csv(root/'benchmarks'/'results'/'history'/f'{row.run}.csv')
         assert abs(np.unpackbits(bits['main'])[:row.n_judge].mean()*100 - row.main)<1e-3 and len(curve)==row.epochs and abs(curve.accuracy.iloc[-1]*100 - row.main)<1e-3
+
+def test_imagenet_rows_on_a_tiny_tree(tmp_path):
+    for part,n in (('train',6), ('val',3)):
+        for c in ('n01','n02'):
+            (tmp_path/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(np.random.default_rng(i).integers(0, 256, (80,70+i,3), dtype=np.uint8)).save(tmp_path/part/c/f'{i}.JPEG')
+    imagenet.main(data=str(tmp_path), arch='resnet18', recipe='plain,eed_kl', epochs=1, bs=4, size=64, workers=0, results=str(tmp_path/'out'))
+    df = pd.read_csv(tmp_path/'out'/'imagenet.csv')
+    assert df.recipe.tolist()==['plain','eed_kl'] and (df.n_train==12).all() and (df.n_judge==6).all() and df.network.tolist()==['resnet18']*2 and df.iloc[1][cifar100.exits].notna().all()
+
+def test_imagenet_arithmetic(capsys):
+    imagenet.main(estimate=1000.)
+    out = capsys.readouterr().out
+    assert 'resnet18' in out and '32.0 h' in out           # 1,281,167 images × 90 epochs at 1,000 a second
+    with pytest.raises(imagenet.CliError, match='--data'): imagenet.main()
+
+def test_reference_step_is_our_objective():
+    z,f = torch.randn(8,4,10).double(),torch.randn(8,4,6).double().relu()       # the mask changes nothing where features are not negative
+    y = torch.randint(0, 10, (8,))
+    assert torch.allclose(speed.reference_loss(z, f, y), speed.eed_feat_loss(z, f, y), atol=1e-10)
+
+def test_speed_variants_and_growth():
+    dls = speed.random_dls(2, 8, 16, 10, 'cpu')
+    df = speed.measure(speed.variants(speed.tiny, 10, dls), 1, 2)
+    assert len(df)==11 and (df.seconds>0).all()
+    row, = speed.grow('exits', (2,), 1, width=8, bs=8)
+    assert row['eed_mb']>row['plain_mb']>0 and row['eed_params']>row['plain_params']
