@@ -111,7 +111,9 @@ def measure(epochs, rounds, n):
             sync()
             if i: times[name].append((time.perf_counter()-start)/n)       # the first round warms up
             if torch.cuda.is_available(): memory[name] = torch.cuda.max_memory_allocated()/2**20
-    return pd.DataFrame(dict(seconds={k: float(np.median(v)) for k,v in times.items()}, fastest={k: min(v) for k,v in times.items()}, peak_memory=memory or None))
+    df = pd.DataFrame(dict(seconds={k: float(np.median(v)) for k,v in times.items()}, fastest={k: min(v) for k,v in times.items()}, peak_memory=memory or None))
+    df.attrs['rounds'] = times
+    return df
 
 def steps(name, rounds, n, amp=False, compile=False, bs=None):
     arch,size,bs_,n_out = networks[name]
@@ -119,12 +121,16 @@ def steps(name, rounds, n, amp=False, compile=False, bs=None):
     dls = random_dls(n, bs, size, n_out)
     df = measure(variants(arch, n_out, dls, amp, compile), rounds, n)
     df['ratio'] = df.seconds/df.seconds['reference step']
-    return df.rename_axis('variant').reset_index().assign(network=name, bs=bs, amp=amp, compile=compile)
+    times = df.attrs['rounds']
+    df = df.rename_axis('variant').reset_index().assign(network=name, bs=bs, amp=amp, compile=compile)
+    df.attrs['rounds'] = times
+    return df
 
-def callback_ms(df):
-    "Milliseconds that the callback adds to bare fastai, beyond the mathematics: (Learner − by hand) with exits, less the same without"
-    s = df.set_index('variant').seconds
-    return 1000*((s['Learner']-s['by hand']) - (s['plain in Learner']-s['plain by hand']))
+def callback_ms(times):
+    "Milliseconds a batch that the callback adds to bare fastai, beyond the mathematics: (Learner − by hand) with exits, less the same without. Median over rounds, and half the range of its middle half"
+    t = {k: 1000*np.array(v) for k,v in times.items()}
+    d = (t['Learner']-t['by hand']) - (t['plain in Learner']-t['plain by hand'])
+    return np.median(d),(np.quantile(d, .75)-np.quantile(d, .25))/2
 
 # --- data path, matrix rate -------------------------------------------------------------------------------------------
 
@@ -183,6 +189,7 @@ def write_rows(name, df):
     "Rows with commit, versions and hardware, behind those that are there"
     df = df.assign(commit=checkout(), hardware=hardware(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
     file = here/'results'/name
+    file.parent.mkdir(exist_ok=True)
     df.round(6).to_csv(file, mode='a', index=False, header=not file.exists())
 
 def epoch_seconds(rounds, bs=128):
@@ -214,7 +221,7 @@ def main(
     for name in [network] if network else networks:
         df = steps(name, rounds, n*50 if name=='tiny' else n)
         print(df[['network','bs','variant','seconds','fastest','ratio']].round(5).to_string(index=False), flush=True)
-        if name=='tiny': print(f'The callback adds {callback_ms(df):.2f} ms a batch to bare fastai, beyond the mathematics; a round differs from the fastest by {1000*(df.seconds-df.fastest).max():.2f} ms')
+        if name=='tiny': print('The callback adds {:.2f} ms a batch to bare fastai, beyond the mathematics (± {:.2f} from round to round)'.format(*callback_ms(df.attrs['rounds'])), flush=True)
         if write: write_rows('speed.csv', df)
     print(f'The data path alone gives {data_rate():,.0f} images a second')
     print(f'A matrix product runs at {matrix_rate(torch.float32)/1e9:,.0f} GFLOP/s here; a step of cifar_resnet18 with all exits takes {step_flop(cifar_resnet18, 100, 32, 64)/1e9:,.0f} GFLOP')
