@@ -278,7 +278,7 @@ def paired_summary(results):
         for recipe,r in by.items():
             diffs = {f'main − {o}': '{:+.2f} ± {:.2f} ({})'.format(*paired(r, by[o])) for o in ('joint_ce','plain') if o in by and o!=recipe}
             rows.append({**dict(zip(setting[:3]+setting[3:6], key)), 'recipe': recipe, **{e: cell(r[e].dropna()) if r[e].notna().any() else '' for e in exits}, **diffs})
-    return pd.DataFrame(rows).fillna('')
+    return pd.DataFrame(rows, columns=None if rows else [*setting[:6], 'recipe', *exits]).fillna('')
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
