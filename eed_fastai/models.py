@@ -84,31 +84,36 @@ class BottleneckBlock(Module):
 
     def forward(self, x): return self.act(self.convs(x) + self.shortcut(x))
 
-# %% ../nbs/01_models.ipynb #19a5c6c4
-def _deep_resnet(depths, n_out, n_in, width, stem_relu):
-    inner = [width*2**i for i in range(4)]
-    ws = [4*o for o in inner]
-    plan = [dict(widths=(*inner[i+1:3], ws[-1])) for i in range(3)]
-    return _network(_stem(n_in, width, stem_relu), _stages(BottleneckBlock, depths, ws, width), ws[-1], n_out, plan)
-
-# %% ../nbs/01_models.ipynb #84ca8d07
-def cifar_resnet50(
+# %% ../nbs/01_models.ipynb #6f527da9
+def _deep_resnet(
+    depths, # Blocks of each stage
     n_out:int=100, # Classes (100: CIFAR-100)
     n_in:int=3, # Channels of the image
     width:int=64, # Channels of the stem, and inside the first stage's blocks (64: the paper)
     stem_relu:bool=False, # ReLU after the stem? (False: as ResNet-18 in the EED code)
 ) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
+    inner = [width*2**i for i in range(4)]
+    ws = [4*o for o in inner]
+    plan = [dict(widths=(*inner[i+1:3], ws[-1])) for i in range(3)]
+    return _network(_stem(n_in, width, stem_relu), _stages(BottleneckBlock, depths, ws, width), ws[-1], n_out, plan)
+
+# %% ../nbs/01_models.ipynb #82ce334e
+@delegates(_deep_resnet)
+def cifar_resnet50(**kwargs) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
     "ResNet-50 for 32×32 images, with exits of 128-256-2048, 256-2048 and 2048 channels, deduced from the paper's Table III"
-    return _deep_resnet((3,4,6,3), n_out, n_in, width, stem_relu)
+    return _deep_resnet((3,4,6,3), **kwargs)
 
-# %% ../nbs/01_models.ipynb #466e1c38
-def cifar_resnet101(n_out:int=100, n_in:int=3, width:int=64, stem_relu:bool=False) -> nn.Sequential:
-    "ResNet-101 for 32×32 images; arguments and exits are `cifar_resnet50`'s, and fit the paper's Table III"
-    return _deep_resnet((3,4,23,3), n_out, n_in, width, stem_relu)
+# %% ../nbs/01_models.ipynb #960e3b58
+@delegates(_deep_resnet)
+def cifar_resnet101(**kwargs) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
+    "ResNet-101 for 32×32 images, with `cifar_resnet50`'s exits, which fit the paper's Table III"
+    return _deep_resnet((3,4,23,3), **kwargs)
 
-def cifar_resnet152(n_out:int=100, n_in:int=3, width:int=64, stem_relu:bool=False) -> nn.Sequential:
-    "ResNet-152 for 32×32 images; arguments and exits are `cifar_resnet50`'s. The paper gives no FLOPs for it: its exits follow the other two and are not published"
-    return _deep_resnet((3,8,36,3), n_out, n_in, width, stem_relu)
+# %% ../nbs/01_models.ipynb #9a6e90ea
+@delegates(_deep_resnet)
+def cifar_resnet152(**kwargs) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
+    "ResNet-152 for 32×32 images. The paper gives no FLOPs for it: its exits follow `cifar_resnet50`'s and are not published"
+    return _deep_resnet((3,8,36,3), **kwargs)
 
 # %% ../nbs/01_models.ipynb #8f513dbe
 def _conv_relu(ni, nf): return nn.Sequential(nn.Conv2d(ni, nf, 3, padding=1), nn.BatchNorm2d(nf), nn.ReLU())
