@@ -18,8 +18,8 @@ def live_exits(
     if exits is None: raise RuntimeError("This metric reads `learn.exits`, which `EEDCallback` fills at each batch; add `EEDCallback()` to the Learner, or take the metric away")
     return exits
 
-# %% ../nbs/07_metrics.ipynb #53bfa5f0
-_replaced = contextmanager(replacing_yield)
+# %% ../nbs/07_metrics.ipynb #8557799a
+_replaced = contextmanager(replacing_yield)     # `with _replaced(o, attr, value):`
 
 # %% ../nbs/07_metrics.ipynb #d7e350df
 class ExitMetric(Metric):
@@ -52,16 +52,16 @@ class EnsembleMetric(ExitMetric):
 
     def pick(self, z): return z.mean(1)
 
-# %% ../nbs/07_metrics.ipynb #c628de0e
+# %% ../nbs/07_metrics.ipynb #43e79c5d
 class TermMetric(AvgLoss):
-    "The mean of one term of `learn.exit_terms`"
+    "The mean of one term of `learn.exit_terms`, or of one exit's part of it"
     def __init__(self,
-        term:str, # Its key in `learn.exit_terms`, and its column's name
+        term:str, # Its key in `learn.exit_terms` or `learn.exit_parts`, and its column's name
     ): self.term = term
 
     def accumulate(self, learn):
         bs = find_bs(learn.yb)
-        self.total += learn.to_detach(learn.exit_terms.get(self.term, 0.))*bs   # 0 where its weight has been set to 0
+        self.total += learn.to_detach({**learn.exit_parts, **learn.exit_terms}.get(self.term, 0.))*bs   # 0 where its weight has been set to 0
         self.count += bs
 
     @property

@@ -31,7 +31,12 @@ def _is_channels_last(m):
     w = next((o.weight for o in m.modules() if isinstance(o, nn.Conv2d) and o.kernel_size!=(1,1) and o.in_channels>1), None)
     return w is not None and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
 
-# %% ../nbs/04_model.ipynb #c711a95a
+# %% ../nbs/04_model.ipynb #536e980c
+def _forget_method(model, keys):
+    "A network that only answers takes a state that holds a method's memory, too"
+    if not len(model.method): keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if not k.startswith('method.')]
+
+# %% ../nbs/04_model.ipynb #28c5e394
 class MultiExitModel(nn.Module):
     "A CNN in stages, with a head after each: `(bs,n_in,h,w)` to the main exit's logits `(bs,n_out)`. Iterating gives `(stage, head)` pairs"
     def __init__(self,
@@ -45,7 +50,8 @@ class MultiExitModel(nn.Module):
         super().__init__()
         self.stages,self.heads,self.head,self.size,self.plan = nn.ModuleList(stages),nn.ModuleList(),head,size,plan
         self.n_in,self.shapes = n_channels(self),stage_shapes(stages, size)
-        self.n_out,self.want_exits = None,False
+        self.n_out,self.want_exits,self.method = None,False,nn.ModuleDict()
+        self.register_load_state_dict_post_hook(_forget_method)
         if n_out is not None: self.build(n_out, main)
 
     def __iter__(self): return iter(zip(self.stages, self.heads))
@@ -232,7 +238,7 @@ def _macs(model, shape):
     with FlopCounterMode(display=False) as counter, evaluating(model): model(torch.empty(1, *shape, device='meta'))
     return counter.get_total_flops()//2
 
-# %% ../nbs/04_model.ipynb #ab1b03d9
+# %% ../nbs/04_model.ipynb #a089b32a
 def exit_costs(
     model:MultiExitModel, # A network with its heads built
     size:int|tuple, # Side of the images in pixels, or (height, width)
@@ -242,17 +248,18 @@ def exit_costs(
     hw = (size,size) if isinstance(size, int) else tuple(size)
     unwrap(model)._check_built()
     copy = deepcopy(unwrap(model)).to('meta', torch.float32)
+    copy.method.clear()                     # nothing that answers
     nets,names = [copy.upto(i) for i in range(copy.n_exits)],copy.exit_names
     if ensemble: nets,names = [*nets, copy],[*names, 'ensemble']
     copy.want_exits = True                  # for the ensemble, the only one that goes through its `forward`
     macs = [_macs(net, (copy.n_in, *hw)) for net in nets]
     return pd.DataFrame(dict(exit=names, macs=macs, share=[m/macs[copy.n_exits-1] for m in macs], params=[total_params(net)[0] for net in nets]))
 
-# %% ../nbs/04_model.ipynb #b4cee80b
+# %% ../nbs/04_model.ipynb #b9e5f6f2
 def exit_splitter(
     model:nn.Module, # A multi-exit network, possibly wrapped
 ) -> list: # Three lists of parameters
-    "First half of the stages, second half, heads"
+    "First half of the stages, second half, heads (and what a method trains)"
     m = unwrap(model)
     k = m.n_exits//2
-    return L(m.stages[:k], m.stages[k:], m.heads).map(params)
+    return L(m.stages[:k], m.stages[k:], nn.ModuleList([m.heads, m.method])).map(params)
