@@ -376,12 +376,12 @@ recipes = {
     'eed_mse_feat_code': _eed("EED code, `train.py`: MSE 1; features 1; the code's default", logit_mse, 1., 1., 'code'),
 }
 
-# %% ../nbs/08_callback.ipynb #5ba542e5
+# %% ../nbs/08_callback.ipynb #275b05c1
 def subset_recipes(
-    subsets:list=((-1,), (0,-1), (-2,-1), (0,-2,-1), (0,1,2)), # Indices of the exits that teach (EED Table IV, for four exits; its last row is `eed_mse`)
+    subsets:list=((0,-1), (2,-1), (0,2,-1), (0,1,2)), # Indices of the exits that teach, -1 for the main network (EED Table IV, four exits)
 ) -> dict: # Name → `Recipe`
     "EED with the mean of some exits as the teacher (Table IV)"
-    return {'subset_' + '_'.join('main' if i==-1 else f'main{i+1}' if i<0 else str(i) for i in o): _eed(f'EED paper, Table IV: MSE, teacher of exits {list(o)}', logit_mse, 1., 0., teacher=subset_teacher(o)) for o in subsets}
+    return {f"subset_{'_'.join('main' if i==-1 else str(i) for i in o)}": _eed(f'EED paper, Table IV: MSE, teacher of exits {list(o)}', logit_mse, 1., 0., teacher=subset_teacher(o)) for o in subsets}
 
 # %% ../nbs/08_callback.ipynb #313e2ed9
 def _branchy(k): return [1-0.7*i/(k-1) for i in range(k)]
