@@ -13,18 +13,15 @@ Two protocols, named in the row:
   report   settings are frozen, all 50,000 train, and the last epoch is the figure. The test curve is recorded for the paper's
            Figs. 3 and 5. The best epoch, as the paper selects, has a column of its own and chooses nothing.
 """
-import hashlib, io, platform, random, resource, subprocess, sys
+import hashlib, platform, random, subprocess, sys
 from importlib.metadata import version
 
 from fastai.vision.all import *
 from fastcore.script import *
-from scipy.stats import t as student
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from eed_fastai import models as eed_models
 from eed_fastai.all import *
-from eed_fastai.callback import Recipe
-from eed_fastai.cli import write_whole
+from eed_fastai.analysis import add_row, checkout, exit_scores, hardware, mean_sd, named_logits, paired, peak_memory, write_whole
 from eed_fastai.data import array_dls, cifar100_stats, read_cifar100
 from eed_fastai.learner import GatherExits
 from eed_fastai.model import unwrap
@@ -79,9 +76,7 @@ def get_dls(path, task, protocol, bs, device):
 
 # --- recipes --------------------------------------------------------------------------------------------------------
 
-table_four = {f"subset_{''.join(map(str, idxs))}": Recipe(f'EED paper, Table IV: MSE, teacher of exits {idxs}, main is 3', **{**recipes['eed_mse'], 'teacher': subset_teacher(idxs)})
-              for idxs in ([0,3], [2,3], [0,2,3], [0,1,2])}
-all_recipes = {'plain': None, **recipes, **table_four}
+all_recipes = {**{k: v for k,v in recipes.items() if v.get('teacher') is not ExternalTeacher}, **subset_recipes()}
 
 # --- one run --------------------------------------------------------------------------------------------------------
 
@@ -130,7 +125,7 @@ class JudgeEvery(Callback):
 
 def make_learner(o, dls, arch):
     set_seed(o.seed)
-    model = multi_exit(arch, n_out=dls.c)      # heads for 'plain', too: the same seed then gives the same body and the same batches
+    model = multi_exit(arch, n_out=dls.c, head=all_recipes[o.recipe].head)      # heads for 'plain', too: the same seed then gives the same body and the same batches
     cbs = [] if o.recipe=='plain' else EEDCallback(**all_recipes[o.recipe])
     learn = Learner(dls, model, opt_func=partial(sgd, nesterov=o.nesterov), lr=o.lr, wd=o.wd, wd_bn_bias=True, metrics=accuracy, cbs=cbs)
     if o.channels_last: learn.add_cb(ChannelsLast())
@@ -152,19 +147,9 @@ def evaluate(learn, recipe):
     "Accuracy, NLL and ECE (15 bins) of every exit and the ensemble from one pass, and which images each gets right"
     gather = GatherExits()
     with learn.no_bar(), learn.added_cbs([EEDCallback(alpha=0.)] if recipe=='plain' else []): learn.get_preds(reorder=False, cbs=gather)
-    z,y = torch.cat(gather.zs).cpu(),torch.cat(gather.ys).cpu()
-    z = {k: v.double() for k,v in dict(zip(unwrap(learn.model).exit_names, z.unbind(1)), ensemble=z.mean(1)).items()}
+    z,y = named_logits(torch.cat(gather.zs).cpu(), unwrap(learn.model).exit_names),torch.cat(gather.ys).cpu()
     if recipe=='plain': z = {'main': z['main']}              # its other heads were never trained
-    res = {name: round(100*(o.argmax(1)==y).double().mean().item(), 4) for name,o in z.items()}
-    res |= {f'nll_{name}': round(F.cross_entropy(o, y).item(), 5) for name,o in z.items()}
-    res |= {f'ece_{name}': round(multiclass_calibration_error(o.softmax(1), y, num_classes=o.shape[1], n_bins=15).item(), 5) for name,o in z.items()}
-    return res,{name: np.packbits((o.argmax(1)==y).numpy()) for name,o in z.items()}
-
-def peak_memory():
-    "Megabytes: allocated on the GPU, or resident on the CPU"
-    return round(torch.cuda.max_memory_allocated()/2**20 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10)
-
-def hardware(): return torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU, {torch.get_num_threads()} thread(s)'
+    return exit_scores(z, y),{name: np.packbits((o.argmax(1)==y).numpy()) for name,o in z.items()}
 
 def joules():
     "Energy that the GPU has used so far, if NVML can be asked"
@@ -174,22 +159,11 @@ def joules():
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device()))/1000
     except Exception: return None
 
-def checkout():
-    "The commit that this process runs, with + behind it if files have changed since"
-    def git(*args): return subprocess.run(['git', *args], cwd=here, capture_output=True, text=True).stdout.strip()
-    return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(top,exclude)benchmarks/results')) or 'unknown'
-
-commit = checkout()
+commit = checkout(here)
 exits = [*[f'exit{i}' for i in range(n_early)], 'main', 'ensemble']
 columns = ['dataset','network','width','recipe','protocol','epochs','seed','commit','hardware','torch','seconds','peak_memory',*exits,
            'best_epoch','best_main',*[f'{m}_{e}' for m in ('nll','ece') for e in exits],'schedule','lr','wd','bs','nesterov','amp','channels_last','compile',
            'n_train','n_judge','joules','fastai','torchvision','python','eed_fastai','run']
-
-def add_row(file, row):
-    "Append one line at once, so that runs side by side do not mix"
-    text = io.StringIO()
-    pd.DataFrame([row]).reindex(columns=columns).to_csv(text, index=False, header=not file.exists())
-    with open(file, 'a') as f: f.write(text.getvalue())
 
 def run_name(o):
     "What tells this run from others: the main settings in words, all of them in a few letters"
@@ -218,7 +192,7 @@ def train_row(o, name, make_dls, arch):
            'joules': round(joules()-energy) if energy is not None else None, 'python': platform.python_version(), **{p: version(p) for p in ('fastai','torchvision','eed_fastai')}}
     write_whole(o.results/'history'/f'{o.run}.csv', partial(curve.to_csv, index=False))
     write_whole(o.results/'bits'/f'{o.run}.npz', lambda p: np.savez_compressed(open(p, 'wb'), **bits))
-    if o.run not in there(file): add_row(file, row)      # another process may have been faster
+    if o.run not in there(file): add_row(file, {c: row.get(c) for c in columns})      # another process may have been faster
     checkpoint.file.unlink(missing_ok=True)
     print(f"{o.run}: " + ' '.join(f'{e} {res[e]:.2f}' for e in exits if e in res) + f" in {row['seconds']:.0f} s", flush=True)
 
@@ -230,7 +204,7 @@ def train(o):
 
 methods = {('Baseline','CE',None): 'plain', ('BranchyNet','CE',0): 'joint_ce', **{(m,l.upper(),b): f"{who}_{l}{'_feat'*b}"
            for m,who,betas in (('PL','main',(0,)), ('BYOT','main',(1,)), ('EED','eed',(0,1))) for l in ('kl','mse') for b in betas}}
-teachers = {'Main': 'main_mse', 'Exit1+Main': 'subset_03', 'Exit3+Main': 'subset_23', 'Exit1+Exit3+Main': 'subset_023', 'Exit1+Exit2+Exit3': 'subset_012', 'Exit1+Exit2+Exit3+Main': 'eed_mse'}
+teachers = {'Main': 'main_mse', 'Exit1+Main': 'subset_0_main', 'Exit3+Main': 'subset_2_main', 'Exit1+Exit3+Main': 'subset_0_2_main', 'Exit1+Exit2+Exit3': 'subset_0_1_2', 'Exit1+Exit2+Exit3+Main': 'eed_mse'}
 networks = {'VGG19': 'vgg19', 'ResNet-18': 'resnet18', 'ResNet-50': 'resnet50', 'ResNet-101': 'resnet101', 'ResNet-152': 'resnet152',
             'ResNeXt29-4': 'resnext29', 'WideResNet28-10': 'wrn28_10', 'PyramidNet110-270': 'pyramidnet110'}
 
@@ -250,8 +224,6 @@ def ours(results, **fixed):
     for k,v in fixed.items(): df = df[df[k]==v]
     return df
 
-def cell(v): return 'not yet run' if not len(v) else f'{v.mean():.2f}' + (f' ± {v.std():.2f} ({len(v)})' if len(v)>1 else ' (1)')
-
 def side_by_side(table, results):
     "Published and ours, a row of the paper's table each; ours in mean ± standard deviation (seeds), by schedule"
     rows,mine = [],ours(results, dataset='cifar100', protocol='report')
@@ -259,15 +231,9 @@ def side_by_side(table, results):
     for p in published(table).itertuples():
         got = mine[(mine.network==p.network) & (mine.recipe==p.recipe)]
         for (schedule,epochs),g in list(got.groupby(['schedule','epochs'])) or [(('',''), got)]:
-            cols = {c: f'{getattr(p, c):.2f} | {cell(g[c].dropna())}' for c in exits[:-1] if not pd.isna(getattr(p, c, np.nan))}
+            cols = {c: f"{getattr(p, c):.2f} | {mean_sd(g[c], 'not yet run')}" for c in exits[:-1] if not pd.isna(getattr(p, c, np.nan))}
             rows.append(dict(network=p.network, recipe=p.recipe, schedule=f'{schedule} {epochs}', **cols))
     return pd.DataFrame(rows).fillna('')
-
-def paired(a, b):
-    "Mean of the paired differences a − b over seeds that both have, its 95 % t-interval's half width, and the number of pairs"
-    d = (a.set_index('seed').main - b.set_index('seed').main).dropna()
-    n = len(d)
-    return d.mean(),(student.ppf(0.975, n-1)*d.std()/n**0.5 if n>1 else np.nan),n
 
 def paired_summary(results):
     "For each setting and recipe: mean, standard deviation and pairs, and main's difference from joint CE and from plain"
@@ -277,7 +243,7 @@ def paired_summary(results):
         by = dict(list(g.groupby('recipe')))
         for recipe,r in by.items():
             diffs = {f'main − {o}': '{:+.2f} ± {:.2f} ({})'.format(*paired(r, by[o])) for o in ('joint_ce','plain') if o in by and o!=recipe}
-            rows.append({**dict(zip(setting[:3]+setting[3:6], key)), 'recipe': recipe, **{e: cell(r[e].dropna()) if r[e].notna().any() else '' for e in exits}, **diffs})
+            rows.append({**dict(zip(setting[:3]+setting[3:6], key)), 'recipe': recipe, **{e: mean_sd(r[e]) for e in exits}, **diffs})
     return pd.DataFrame(rows, columns=None if rows else [*setting[:6], 'recipe', *exits]).fillna('')
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ grid = dict(exits=(2,3,4), n_out=(10,100,1000,10000), size=(32,64,96), bs=(16,64
 
 def write_rows(name, df):
     "Rows with commit, versions and hardware, behind those that are there"
-    df = df.assign(commit=checkout(), hardware=hardware(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
+    df = df.assign(commit=checkout(here), hardware=hardware(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
     file = here/'results'/name
     file.parent.mkdir(exist_ok=True)
     df.round(6).to_csv(file, mode='a', index=False, header=not file.exists())

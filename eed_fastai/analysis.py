@@ -6,14 +6,15 @@
 __all__ = ['exit_scores', 'named_logits', 'write_whole', 'add_row', 'hardware', 'peak_memory', 'checkout', 'history', 'compare',
            'paired', 'mean_sd', 'exit_order', 'comparison_table', 'plot_comparison', 'agreement', 'plot_agreement',
            'main_activations', 'class_similarity', 'plot_similarity', 'mean_gap', 'jitter', 'first_epoch',
-           'plot_curves']
+           'plot_curves', 'TrainCurve']
 
-# %% ../nbs/11_analysis.ipynb #2b7ff828
+# %% ../nbs/11_analysis.ipynb #304a1a2a
 import hashlib, io, os, platform, re, subprocess
 from importlib.metadata import version
 from fastai.vision.all import *
 from scipy.stats import t as student
 from .data import *
+from .stages import evaluating
 from .model import *
 from .teachers import *
 from .callback import *
@@ -105,19 +106,20 @@ def _fitted(dls, arch, recipe, seed, fit, kw):
     with learn.no_bar(), learn.no_logging(): fit(learn)
     return learn,time.perf_counter()-start
 
-# %% ../nbs/11_analysis.ipynb #ef5673de
+# %% ../nbs/11_analysis.ipynb #c7b8ab07
 def _run(dls, arch, recipe, seed, fit, kw):
     "Train one run; its scores, its seconds and its curve"
     extra = 0.
     if recipe.get('teacher') is ExternalTeacher:
         teacher,extra = _fitted(dls, arch, recipes['plain'], seed, fit, kw)
-        recipe = Recipe(recipe.source, recipe.status, recipe.head, **recipe | {'teacher': ExternalTeacher(teacher.model)})
+        recipe = Recipe(recipe.source, recipe.status, recipe.head, recipe.label, **recipe | {'teacher': ExternalTeacher(teacher.model)})
     learn,seconds = _fitted(dls, arch, recipe, seed, fit, kw)
+    curve = history(learn)          # before `get_preds`, which starts a new table
     gather,names = GatherExits(),unwrap(learn.model).exit_names
     with learn.no_bar(): learn.get_preds(reorder=False, cbs=gather)
     z = named_logits(torch.cat(gather.zs).cpu(), names)
     trained = z if not _main_alone(recipe, names) else {'main': z['main']}
-    return exit_scores(trained, torch.cat(gather.ys).cpu()),seconds+extra,history(learn)
+    return exit_scores(trained, torch.cat(gather.ys).cpu()),seconds+extra,curve
 
 def _main_alone(recipe, names): return recipe.get('label_weights') is main_only and not recipe.get('alpha', 1.)
 
@@ -129,7 +131,7 @@ def history(
     names = learn.recorder.metric_names[1:]
     return pd.DataFrame([dict(zip(names, v), epoch=i) for i,v in enumerate(learn.recorder.values)])
 
-# %% ../nbs/11_analysis.ipynb #29e8b3ca
+# %% ../nbs/11_analysis.ipynb #97407bf9
 @delegates(Learner.__init__)
 def compare(
     dls:DataLoaders, # Batches of images and classes; the validation set judges
@@ -151,7 +153,7 @@ def compare(
         run = f"{dataset}-{network}-{name}-{epochs}-s{seed}-{_settings(arch=str(getattr(arch, 'keywords', '')), recipe=dict(recipe), head=recipe.head, lr=lr, bs=dls.train.bs, n=len(dls.train_ds), fit=fit, **kwargs)}"
         if run in _there(file): rows.append(pd.read_csv(file).set_index('run', drop=False).loc[run].to_dict()); continue
         scores,seconds,curve = _run(dls, arch, recipe, seed, ifnone(fit, partial(_one_cycle, epochs=epochs, lr=lr)), kwargs)
-        rows.append(dict(dataset=dataset, network=network, recipe=name, protocol='valid', epochs=epochs, seed=seed, commit=checkout(), hardware=hardware(), torch=torch.__version__, seconds=round(seconds, 2),
+        rows.append(dict(dataset=dataset, network=network, width=getattr(arch, 'keywords', {}).get('width'), recipe=name, protocol='valid', epochs=epochs, seed=seed, commit=checkout(), hardware=hardware(), torch=torch.__version__, seconds=round(seconds, 2),
                          peak_memory=peak_memory(), **scores, lr=lr, bs=dls.train.bs, n_train=len(dls.train_ds), n_judge=len(dls.valid_ds), fastai=version('fastai'), eed_fastai=version('eed_fastai'), run=run))
         if file is not None: _keep(file, rows[-1], curve)
         show(rows[-1])
@@ -196,7 +198,10 @@ def exit_order(
     "exit0 …, main, ensemble, as far as they are there"
     return sorted([c for c in df if re.fullmatch(r'exit\d+', c)], key=lambda c: int(c[4:])) + [c for c in ('main','ensemble') if c in df]
 
-# %% ../nbs/11_analysis.ipynb #81fef96f
+# %% ../nbs/11_analysis.ipynb #2ede67b0
+def _label(name): return getattr(recipes.get(name), 'label', None) or name
+
+# %% ../nbs/11_analysis.ipynb #6bd12a88
 def comparison_table(
     df:pd.DataFrame, # Rows from `compare`, or of one setting of a benchmark
     base:str='joint_ce', # The recipe to which others are compared
@@ -205,9 +210,9 @@ def comparison_table(
     "Mean ± standard deviation (runs) for each exit, the paired difference from `base` ± half a 95 % interval (pairs), and the mean seconds"
     by = {k: df[df.recipe==k] for k in df.recipe.unique()}
     def diff(k): return {} if base not in by else {f'{on} − {base}': '' if k==base else '{:+.2f} ± {:.2f} ({})'.format(*paired(by[k], by[base], on))}
-    return pd.DataFrame([{'recipe': k, **{e: mean_sd(g[e]) for e in exit_order(df)}, **diff(k), 'seconds': round(g.seconds.mean(), 1)} for k,g in by.items()])
+    return pd.DataFrame([{'recipe': _label(k), **{e: mean_sd(g[e]) for e in exit_order(df)}, **diff(k), 'seconds': round(g.seconds.mean(), 1)} for k,g in by.items()])
 
-# %% ../nbs/11_analysis.ipynb #f3cd1c8b
+# %% ../nbs/11_analysis.ipynb #930544ca
 def plot_comparison(
     df:pd.DataFrame, # Rows from `compare`
     ax=None, # Axes to draw on (None: new ones)
@@ -217,7 +222,7 @@ def plot_comparison(
     names,kinds = exit_order(df),list(df.recipe.unique())
     for j,k in enumerate(kinds):
         v = df[df.recipe==k][names]
-        ax.errorbar(np.arange(len(names))+(j-(len(kinds)-1)/2)*0.7/len(kinds), v.mean(), v.std().fillna(0), fmt='o', ms=4, capsize=2, label=k, color=plt.get_cmap('tab20')(j%20))
+        ax.errorbar(np.arange(len(names))+(j-(len(kinds)-1)/2)*0.7/len(kinds), v.mean(), v.std().fillna(0), fmt='o', ms=4, capsize=2, label=_label(k), color=plt.get_cmap('tab20')(j%20))
     ax.set_xticks(range(len(names)), names); ax.set_ylabel('accuracy (%)'); ax.grid(axis='y', alpha=.3)
     ax.legend(fontsize=8, ncol=1, loc='center left', bbox_to_anchor=(1,.5))
     return ax
@@ -249,10 +254,11 @@ def plot_agreement(
         ax.set(xticks=[0,1], yticks=[0,1], title=r.exit); ax.set_xticklabels([f'{r.exit}\nright', f'{r.exit}\nwrong']); ax.set_yticklabels(['main\nright', 'main\nwrong'])
     return axs
 
-# %% ../nbs/11_analysis.ipynb #e56fc650
+# %% ../nbs/11_analysis.ipynb #cd789004
 def main_activations(
     learn:Learner, # A Learner with `EEDCallback` whose heads give features
     n:int=500, # Images (500: EED Fig. 4)
+    classes:int|None=None, # Only images of so many classes, chosen at random (None: all; EED Fig. 4 has a panel with 10 of 100)
     seed:int=0, # Chooses them
     dl:DataLoader|None=None, # Batches with targets (None: the validation set)
 ) -> tuple: # Features `(n,nf)`, logits `(n,n_out)`, classes `(n,)`, sorted by class
@@ -260,7 +266,10 @@ def main_activations(
     gather = GatherExits(feats=True)
     learn._gather(ifnone(dl, learn.dls.valid), gather)
     f,z,y = torch.cat(gather.fs).flatten(1),torch.cat(gather.zs)[:,-1],torch.cat(gather.ys)
-    some = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:n]
+    g = torch.Generator().manual_seed(seed)
+    some = torch.randperm(len(y), generator=g)
+    if classes is not None: some = some[torch.isin(y[some], torch.randperm(int(y.max())+1, generator=g)[:classes])]
+    some = some[:n]
     some = some[y[some].argsort(stable=True)]
     return f[some],z[some],y[some]
 
@@ -328,3 +337,21 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='accuracy (%)')
     if ax.lines: ax.legend(fontsize=8)
     return ax
+
+# %% ../nbs/11_analysis.ipynb #24b69f8b
+class TrainCurve(Callback):
+    "After each epoch, the accuracy of all exits and the ensemble on the training images, in eval mode and without augmentation"
+    order = Recorder.order+1
+    def before_fit(self): self.rows = []
+
+    @torch.no_grad()
+    def after_epoch(self):
+        model,right = unwrap(self.model),0.
+        with evaluating(model):
+            for x,y in self.dls.valid.new(dataset=self.dls.train_ds):
+                z = torch.stack(list(named_logits(model.all_exits(x).logits, model.exit_names).values()), 1)
+                right = right + (z.argmax(-1)==y[:,None]).float().sum(0)
+        self.rows.append(dict(zip([*model.exit_names, 'ensemble'], (right/len(self.dls.train_ds)).tolist()), epoch=self.epoch))
+
+    @property
+    def curve(self): return pd.DataFrame(self.rows)

@@ -333,17 +333,18 @@ def grad_shares(self:Learner,
         df = pd.DataFrame([(t, n, v.item(), _grad_norm(v, list(model.stages.parameters()))) for t,n,v in parts], columns=['term','exit','value','grad_norm'])
     return df.assign(share=df.grad_norm/df.grad_norm.sum()).sort_values(['term','exit'], ignore_index=True)
 
-# %% ../nbs/08_callback.ipynb #2d78a3cd
+# %% ../nbs/08_callback.ipynb #58088e2f
 class Recipe(dict):
     "Keywords for `EEDCallback`, with the `source` that they are from"
     def __init__(self,
         source:str, # Where the numbers stand
         status:str='paper', # How sure it is: paper, code or reconstruction
         head:Callable=ExitHead, # The exits with which it was run, for `multi_exit(head=…)`
+        label:str|None=None, # What tables and plots call it (None: its name)
         **kw # Keywords of `EEDCallback`
     ):
         super().__init__(**kw)
-        self.source,self.status,self.head = source,status,head
+        self.source,self.status,self.head,self.label = source,status,head,label
 
 # %% ../nbs/08_callback.ipynb #7e904b1b
 def main_only(
@@ -391,14 +392,14 @@ def _beed_labels(k): return [2-1.15**(k-1-i) for i in range(k)]
 def _beed_logits(k): return [1.15**(k-1-i) for i in range(k)]
 def _hinton(k): return [0.1]*k
 
-# %% ../nbs/08_callback.ipynb #ec92de03
+# %% ../nbs/08_callback.ipynb #907713b9
 recipes |= {
     'branchynet': Recipe('BranchyNet (arXiv 1709.01686): 1.0 for the first, 0.3 for the last exit; between them interpolated', 'reconstruction', alpha=0., label_weights=_branchy),
     'pl': Recipe('Phuong & Lampert code, `main.py`: C=0.5, annealed temperature', 'code', teacher=main_teacher, logit_loss=AnnealedKL, label_weights=_pl, logit_weights=_pl),
     'pl_constant': Recipe('Phuong & Lampert code, `main.py`: C=0.5, T=4', 'code', teacher=main_teacher, logit_loss=partial(logit_kl, T=4.), alpha=16., label_weights=_pl, logit_weights=_pl),
     'byot': Recipe('luanyunteng/pytorch-be-your-own-teacher: a=0.1, T=3, features 1e-6, bottleneck exits', 'code', BottleneckHead, teacher=main_teacher, logit_loss=_kl, feat_loss=feat_sse, alpha=0.9, beta=1e-6, label_weights=_byot),
     'beed': Recipe('BEED code, `train.py`: A=1.15, teacher weights 1.6, T=3, features 0.1 before the average', 'code', BEEDHead, teacher=growing_teacher(1.6), logit_loss=_kl, alpha=9., beta=0.1, label_weights=_beed_labels, logit_weights=_beed_logits),
-    'mate_style': Recipe('MATE-style (reconstructed) from the abstract of doi 10.1631/FITEE.2200644', 'reconstruction', teacher=MATEStyleTeacher, logit_loss=from_all(_kl)),
+    'mate_style': Recipe('MATE-style (reconstructed) from the abstract of doi 10.1631/FITEE.2200644', 'reconstruction', label='MATE-style (reconstructed)', teacher=MATEStyleTeacher, logit_loss=from_all(_kl)),
     'hinton_kd': Recipe('Hinton et al., arXiv 1503.02531, at every exit; a=0.9, T=4 are customary', 'reconstruction', teacher=ExternalTeacher, logit_loss=partial(logit_kl, T=4.), alpha=14.4, label_weights=_hinton),
 }
 

@@ -5,7 +5,7 @@ import pytest
 from fastai.vision.all import *
 from eed_fastai.all import *
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 tiny_resnet = partial(cifar_resnet18, width=8)
 all_digits = digits_dls(aug=False)
 

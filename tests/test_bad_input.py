@@ -131,3 +131,21 @@ def test_a_kept_classifier_with_other_classes():
 
 def test_to_eed_cannot_move_exits():
     with fails(ValueError, 'has exits already', '`cuts` and `head`'): make_learner(model=multi_exit(tiny_resnet)).to_eed(head=PooledHead)
+
+@pytest.mark.parametrize('loss_func', [MSELossFlat(), BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), L1LossFlat()], ids=lambda o: type(getattr(o, 'func', o)).__name__)
+def test_other_tasks_are_refused_by_their_loss(loss_func):
+    with fails(ValueError, 'regression', 'one class per image', 'CrossEntropyLossFlat'): make_learner(EEDCallback(), loss_func=loss_func, model=multi_exit(tiny_resnet, n_out=10))
+
+@pytest.mark.parametrize('y', [torch.rand(8), torch.randint(2, (8,3)), torch.randint(2, (8,3)).float()+.01, torch.zeros(8,4,4, dtype=torch.long)], ids=['regression','several labels','several labels as floats','a mask'])
+def test_other_tasks_are_refused_by_their_targets(y):
+    learn = Learner(raw_dls(torch.rand(8,3,32,32), y), multi_exit(tiny_resnet, n_out=3), loss_func=lambda p,y: p.sum(), cbs=EEDCallback(exit_metric=lambda p,*y: p.sum()))
+    with fails(ValueError, 'The targets are', 'one class per image'), learn.no_logging(): learn.fit(1)
+
+def test_rows_of_probabilities_are_targets():
+    learn = Learner(raw_dls(torch.rand(8,3,32,32), torch.rand(8,3).softmax(1)), multi_exit(tiny_resnet, n_out=3), loss_func=nn.CrossEntropyLoss(), cbs=EEDCallback(exit_metric=lambda p,*y: p.sum()))
+    with learn.no_logging(): learn.fit(1)
+
+@pytest.mark.parametrize('kw,words', [(dict(label_weights=[1,1]), '2 weights for 4 exits'), (dict(logit_weights=lambda k: [1]*(k+1)), '5 weights for 4 exits'), (dict(label_weights=[1,1,1,-1]), 'label_weights'),
+                                      (dict(logit_loss=lambda z,t: (z-t).abs().mean(), by_exit=True), 'takes no `w`'), (dict(teacher=ExternalTeacher), 'trained network')], ids=lambda o: o if isinstance(o, str) else '')
+def test_what_a_recipe_may_get_wrong(kw, words):
+    with fails((ValueError, TypeError), words): make_learner(EEDCallback(**kw))

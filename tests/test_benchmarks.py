@@ -105,7 +105,7 @@ def test_published_tables_are_complete():
     for df in (one, two, four):
         assert set(df.recipe) <= set(cifar100.all_recipes) and not df.duplicated(['network','recipe']).any()
         assert all(hasattr(cifar100.eed_models, f'cifar_{o}') for o in df.network)
-    assert one.set_index(['network','recipe']).main['resnet18','eed_mse']==79.25 and four.set_index('recipe').main['subset_023']==78.99
+    assert one.set_index(['network','recipe']).main['resnet18','eed_mse']==79.25 and four.set_index('recipe').main['subset_0_2_main']==78.99
 
 def test_paired_differences():
     a,b = (pd.DataFrame(dict(seed=s, main=m)) for s,m in (([0,1,2], [3.,5.,7.]), ([2,1,0,9], [5.,4.,2.,0.])))

@@ -44,7 +44,7 @@ def test_own_images(tmp_path):
 @pytest.mark.parametrize('args,message', [
     (('--data', 'nowhere'), 'There is no folder nowhere'),
     (('--arch', 'resnet81'), 'did you mean'),
-    (('--recipe', 'best'), 'there are joint_ce'),
+    (('--recipe', 'best'), 'there are plain'),
     (('--epochs', '0'), '`epochs` is 0'),
     (('--arch', 'vit_b_16'), 'cannot be cut'),
 ], ids=lambda o: o if isinstance(o, str) else ' '.join(o))
