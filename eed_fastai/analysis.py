@@ -6,10 +6,11 @@
 __all__ = ['exit_scores', 'named_logits', 'write_whole', 'add_row', 'hardware', 'peak_memory', 'checkout', 'history', 'compare',
            'paired', 'mean_sd', 'exit_order', 'comparison_table', 'plot_comparison', 'agreement', 'plot_agreement',
            'main_activations', 'class_similarity', 'plot_similarity', 'mean_gap', 'jitter', 'first_epoch',
-           'plot_curves', 'TrainCurve']
+           'plot_curves', 'unaugmented', 'TrainCurve']
 
-# %% ../nbs/11_analysis.ipynb #304a1a2a
+# %% ../nbs/11_analysis.ipynb #f9a6b036
 import hashlib, io, os, platform, re, subprocess
+from contextlib import nullcontext
 from importlib.metadata import version
 from fastai.vision.all import *
 from scipy.stats import t as student
@@ -89,30 +90,43 @@ def checkout(
     def git(*args): return subprocess.run(['git', *args], cwd=cwd, capture_output=True, text=True).stdout.strip()
     return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(top,exclude)benchmarks/results')) or 'unknown'
 
-# %% ../nbs/11_analysis.ipynb #c772240e
-def _settings(**kw): return hashlib.sha1(re.sub(r' at 0x\w+', '', repr(sorted(kw.items(), key=str))).encode()).hexdigest()[:6]
+# %% ../nbs/11_analysis.ipynb #4f12131d
+def _facts(o):
+    "What tells `o` from others: a library's function by its name, one of your own by its code, a network by its weights"
+    if isinstance(o, partial): return _facts(o.func),_facts(o.args),_facts(o.keywords)
+    if isinstance(o, dict): return sorted((str(k), _facts(v)) for k,v in o.items())
+    if isinstance(o, (list, tuple)): return [_facts(v) for v in o]
+    if isinstance(o, nn.Module): return repr(o),[hashlib.sha1(v.cpu().contiguous().numpy().tobytes()).hexdigest() for v in o.state_dict().values()]
+    if isinstance(o, type) or getattr(o, '__module__', '').split('.')[0] in ('eed_fastai','fastai','torch','torchvision','timm') and hasattr(o, '__qualname__'): return f'{o.__module__}.{o.__qualname__}'
+    if hasattr(o, '__code__'): return o.__qualname__,o.__code__.co_code.hex(),o.__code__.co_names,_facts(o.__code__.co_consts),_facts([c.cell_contents for c in o.__closure__ or ()])
+    return (type(o).__qualname__,_facts(o.__dict__)) if hasattr(o, '__dict__') else re.sub(r' at 0x\w+', '', repr(o))
 
+# %% ../nbs/11_analysis.ipynb #37f2a1dd
+def _settings(**kw): return hashlib.sha1(repr(_facts(kw)).encode()).hexdigest()[:6]
+
+# %% ../nbs/11_analysis.ipynb #831469e9
 def _there(file): return set(pd.read_csv(file).run) if file is not None and file.exists() else set()
 
-# %% ../nbs/11_analysis.ipynb #b8082d67
+# %% ../nbs/11_analysis.ipynb #ee6f1cf9
 def _fitted(dls, arch, recipe, seed, fit, kw):
     "A Learner, trained from `seed`, and the seconds that it took"
     set_seed(seed)
     model = multi_exit(deepcopy(arch) if isinstance(arch, nn.Module) else arch, head=recipe.head)      # the body is drawn first: the same for every recipe
-    learn = Learner(dls, model, cbs=EEDCallback(**recipe), metrics=accuracy, **kw)
+    learn = Learner(dls, model, **{'metrics': accuracy, **deepcopy(kw), 'cbs': [EEDCallback(**recipe), *deepcopy(L(kw.get('cbs')))]})
     set_seed(seed)
     dls.train.rng = random.Random(seed)
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): fit(learn)
     return learn,time.perf_counter()-start
 
-# %% ../nbs/11_analysis.ipynb #c7b8ab07
+# %% ../nbs/11_analysis.ipynb #a6f812b6
 def _run(dls, arch, recipe, seed, fit, kw):
     "Train one run; its scores, its seconds and its curve"
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     extra = 0.
     if recipe.get('teacher') is ExternalTeacher:
         teacher,extra = _fitted(dls, arch, recipes['plain'], seed, fit, kw)
-        recipe = Recipe(recipe.source, recipe.status, recipe.head, recipe.label, **recipe | {'teacher': ExternalTeacher(teacher.model)})
+        recipe = recipe | {'teacher': ExternalTeacher(teacher.model)}
     learn,seconds = _fitted(dls, arch, recipe, seed, fit, kw)
     curve = history(learn)          # before `get_preds`, which starts a new table
     gather,names = GatherExits(),unwrap(learn.model).exit_names
@@ -131,7 +145,7 @@ def history(
     names = learn.recorder.metric_names[1:]
     return pd.DataFrame([dict(zip(names, v), epoch=i) for i,v in enumerate(learn.recorder.values)])
 
-# %% ../nbs/11_analysis.ipynb #97407bf9
+# %% ../nbs/11_analysis.ipynb #49aa2ed9
 @delegates(Learner.__init__)
 def compare(
     dls:DataLoaders, # Batches of images and classes; the validation set judges
@@ -141,20 +155,21 @@ def compare(
     epochs:int=5, # Epochs of one-cycle training
     lr:float=3e-3, # Its highest learning rate (3e-3: the README's)
     file:Path|None=None, # A CSV file: rows that it holds are not run again (None: keep them in memory only)
-    dataset:str='', # Name of the data, for the rows
+    dataset:str='', # Name of the data, for the rows; in one `file` each data set needs its own
     fit:Callable|None=None, # Trains a Learner, instead of one-cycle
     show:Callable=noop, # Called with each new row, such as `print`
     **kwargs
 ) -> pd.DataFrame: # A row for each run: `recipe, seed, seconds, exit0 …, main, ensemble` (accuracy in %), NLL, ECE, versions, hardware
     "Train every recipe from the same seeds"
+    if isinstance(names, dict) and not all(isinstance(o, Recipe) for o in names.values()): raise TypeError("compare takes names of recipes, or a dict of name → Recipe: {'mine': Recipe('my notebook', alpha=0.5)}")
     table,file = names if isinstance(names, dict) else {o: _recipe_named(o) for o in names},None if file is None else Path(file)
     network,rows = arch if isinstance(arch, str) else getattr(getattr(arch, 'func', arch), '__name__', type(arch).__name__),[]
     for seed,(name,recipe) in itertools.product(range(seeds) if isinstance(seeds, int) else seeds, table.items()):
-        run = f"{dataset}-{network}-{name}-{epochs}-s{seed}-{_settings(arch=str(getattr(arch, 'keywords', '')), recipe=dict(recipe), head=recipe.head, lr=lr, bs=dls.train.bs, n=len(dls.train_ds), fit=fit, **kwargs)}"
+        run = f"{dataset}-{network}-{name}-{epochs}-s{seed}-{_settings(arch=arch, recipe=dict(recipe), head=recipe.head, lr=lr, bs=dls.train.bs, n=len(dls.train_ds), fit=fit, **kwargs)}"
         if run in _there(file): rows.append(pd.read_csv(file).set_index('run', drop=False).loc[run].to_dict()); continue
         scores,seconds,curve = _run(dls, arch, recipe, seed, ifnone(fit, partial(_one_cycle, epochs=epochs, lr=lr)), kwargs)
         rows.append(dict(dataset=dataset, network=network, width=getattr(arch, 'keywords', {}).get('width'), recipe=name, protocol='valid', epochs=epochs, seed=seed, commit=checkout(), hardware=hardware(), torch=torch.__version__, seconds=round(seconds, 2),
-                         peak_memory=peak_memory(), **scores, lr=lr, bs=dls.train.bs, n_train=len(dls.train_ds), n_judge=len(dls.valid_ds), fastai=version('fastai'), eed_fastai=version('eed_fastai'), run=run))
+                         peak_memory=peak_memory() if torch.cuda.is_available() else None, **scores, lr=lr, bs=dls.train.bs, n_train=len(dls.train_ds), n_judge=len(dls.valid_ds), fastai=version('fastai'), eed_fastai=version('eed_fastai'), label=recipe.label, run=run))
         if file is not None: _keep(file, rows[-1], curve)
         show(rows[-1])
     return pd.DataFrame(rows)
@@ -198,10 +213,10 @@ def exit_order(
     "exit0 …, main, ensemble, as far as they are there"
     return sorted([c for c in df if re.fullmatch(r'exit\d+', c)], key=lambda c: int(c[4:])) + [c for c in ('main','ensemble') if c in df]
 
-# %% ../nbs/11_analysis.ipynb #2ede67b0
-def _label(name): return getattr(recipes.get(name), 'label', None) or name
+# %% ../nbs/11_analysis.ipynb #b4877bb6
+def _label(name, df): return next((o for o in (df[df.recipe==name].label if 'label' in df else []) if isinstance(o, str)), None) or getattr(recipes.get(name), 'label', None) or name
 
-# %% ../nbs/11_analysis.ipynb #6bd12a88
+# %% ../nbs/11_analysis.ipynb #5884961b
 def comparison_table(
     df:pd.DataFrame, # Rows from `compare`, or of one setting of a benchmark
     base:str='joint_ce', # The recipe to which others are compared
@@ -210,9 +225,9 @@ def comparison_table(
     "Mean ± standard deviation (runs) for each exit, the paired difference from `base` ± half a 95 % interval (pairs), and the mean seconds"
     by = {k: df[df.recipe==k] for k in df.recipe.unique()}
     def diff(k): return {} if base not in by else {f'{on} − {base}': '' if k==base else '{:+.2f} ± {:.2f} ({})'.format(*paired(by[k], by[base], on))}
-    return pd.DataFrame([{'recipe': _label(k), **{e: mean_sd(g[e]) for e in exit_order(df)}, **diff(k), 'seconds': round(g.seconds.mean(), 1)} for k,g in by.items()])
+    return pd.DataFrame([{'recipe': _label(k, df), **{e: mean_sd(g[e]) for e in exit_order(df)}, **diff(k), 'seconds': round(g.seconds.mean(), 1)} for k,g in by.items()])
 
-# %% ../nbs/11_analysis.ipynb #930544ca
+# %% ../nbs/11_analysis.ipynb #53ec9c21
 def plot_comparison(
     df:pd.DataFrame, # Rows from `compare`
     ax=None, # Axes to draw on (None: new ones)
@@ -222,7 +237,7 @@ def plot_comparison(
     names,kinds = exit_order(df),list(df.recipe.unique())
     for j,k in enumerate(kinds):
         v = df[df.recipe==k][names]
-        ax.errorbar(np.arange(len(names))+(j-(len(kinds)-1)/2)*0.7/len(kinds), v.mean(), v.std().fillna(0), fmt='o', ms=4, capsize=2, label=_label(k), color=plt.get_cmap('tab20')(j%20))
+        ax.errorbar(np.arange(len(names))+(j-(len(kinds)-1)/2)*0.7/len(kinds), v.mean(), v.std().fillna(0), fmt='o', ms=4, capsize=2, label=_label(k, df), color=plt.get_cmap('tab20')(j%20))
     ax.set_xticks(range(len(names)), names); ax.set_ylabel('accuracy (%)'); ax.grid(axis='y', alpha=.3)
     ax.legend(fontsize=8, ncol=1, loc='center left', bbox_to_anchor=(1,.5))
     return ax
@@ -338,7 +353,14 @@ def plot_curves(
     if ax.lines: ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/11_analysis.ipynb #24b69f8b
+# %% ../nbs/11_analysis.ipynb #8e29b113
+def unaugmented(
+    dls:DataLoaders, # Whose training data set
+) -> iter: # Its batches, in order
+    "The training images as test images are: none left out, no augmentation"
+    with dls.train_ds.set_split_idx(1) if hasattr(dls.train_ds, 'set_split_idx') else nullcontext(): yield from dls.valid.new(dataset=dls.train_ds, shuffle=False, drop_last=False)
+
+# %% ../nbs/11_analysis.ipynb #a7fa8a13
 class TrainCurve(Callback):
     "After each epoch, the accuracy of all exits and the ensemble on the training images, in eval mode and without augmentation"
     order = Recorder.order+1
@@ -348,7 +370,7 @@ class TrainCurve(Callback):
     def after_epoch(self):
         model,right = unwrap(self.model),0.
         with evaluating(model):
-            for x,y in self.dls.valid.new(dataset=self.dls.train_ds):
+            for x,y in unaugmented(self.dls):
                 z = torch.stack(list(named_logits(model.all_exits(x).logits, model.exit_names).values()), 1)
                 right = right + (z.argmax(-1)==y[:,None]).float().sum(0)
         self.rows.append(dict(zip([*model.exit_names, 'ensemble'], (right/len(self.dls.train_ds)).tolist()), epoch=self.epoch))

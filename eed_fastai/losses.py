@@ -113,11 +113,12 @@ def _from_all(z, t, w=None, loss=logit_kl, primary=0.6):
     other = (1-primary)/(k-1)
     return (primary-other)*loss(z, t, w=w) + other*sum(loss(z, o, w=w) for o in t.split(1, dim=1))
 
-# %% ../nbs/06_losses.ipynb #df5ac491
+# %% ../nbs/06_losses.ipynb #36998b85
 def from_all(
     loss:callable, # `logit_kl` or another that takes `(z, t, w=…)`
     primary:float=0.6, # Weight of an exit's own teacher, more than an equal share (MATE's abstract: 'mostly'; the number is ours)
 ) -> callable: # The same of all pairs of an exit and a teacher
     "Each exit learns from every teacher, mostly from its primary one (MATE-style)"
+    if isinstance(getattr(loss, 'func', loss), (type, nn.Module)): raise TypeError(f"from_all got {loss!r}; it takes a function of (z, t, w), since a loss with a memory must stand alone to be installed in the network")
     if not 0<=primary<=1: raise ValueError(f"from_all got primary={primary}; it is a share, 0 to 1")
     return partial(_from_all, loss=loss, primary=primary)

@@ -146,6 +146,6 @@ def test_rows_of_probabilities_are_targets():
     with learn.no_logging(): learn.fit(1)
 
 @pytest.mark.parametrize('kw,words', [(dict(label_weights=[1,1]), '2 weights for 4 exits'), (dict(logit_weights=lambda k: [1]*(k+1)), '5 weights for 4 exits'), (dict(label_weights=[1,1,1,-1]), 'label_weights'),
-                                      (dict(logit_loss=lambda z,t: (z-t).abs().mean(), by_exit=True), 'takes no `w`'), (dict(teacher=ExternalTeacher), 'trained network')], ids=lambda o: o if isinstance(o, str) else '')
+                                      (dict(logit_loss=lambda z,t: (z-t).abs().mean(), by_exit=True), 'takes no `w`'), (dict(teacher=ExternalTeacher), 'trained network'), (dict(teacher=ExternalTeacher(nn.Linear(2,2)), beta=1.), 'gives logits only')], ids=lambda o: o if isinstance(o, str) else '')
 def test_what_a_recipe_may_get_wrong(kw, words):
     with fails((ValueError, TypeError), words): make_learner(EEDCallback(**kw))

@@ -23,7 +23,7 @@ def test_the_same_start_and_the_same_batches():
 def test_rows_are_kept_and_not_run_again():
     first = run()
     assert first[['seed','recipe']].values.tolist()==[[0,'joint_ce'],[0,'eed_mse'],[1,'joint_ce'],[1,'eed_mse']]
-    assert list(first.columns[:8])==['dataset','network','recipe','protocol','epochs','seed','commit','hardware'] and {'torch','seconds','peak_memory','exit0','main','ensemble','nll_main','ece_ensemble'}<=set(first)
+    assert list(first.columns[:9])==['dataset','network','width','recipe','protocol','epochs','seed','commit','hardware'] and {'torch','seconds','peak_memory','exit0','main','ensemble','nll_main','ece_ensemble'}<=set(first)
     assert first.run.is_unique and len(list(Path('history').iterdir()))==4
     again = run()
     assert again[['run','main','seconds']].equals(first[['run','main','seconds']]) and len(pd.read_csv('rows.csv'))==4
@@ -110,3 +110,25 @@ def test_ten_classes_of_many():
     learn = make_learner(EEDCallback(), model=multi_exit(tiny_resnet, n_out=10))
     _,_,y = main_activations(learn, classes=4)
     assert 1 <= len(y.unique()) <= 4
+
+def test_callbacks_and_metrics_of_ones_own():
+    class Count(Callback):
+        n = 0
+        def before_batch(self): Count.n += self.training
+    df = run(names=['eed_mse'], cbs=Count(), metrics=error_rate, seeds=1)
+    assert Count.n==4 and 'error_rate' in pd.read_csv(f'history/{df.run[0]}.csv')
+
+def test_a_changed_recipe_keeps_what_it_is():
+    r = recipes['beed'] | {'alpha': 1.}
+    assert (r['alpha'], r.head, r.source)==(1., BEEDHead, recipes['beed'].source)
+    with pytest.raises(TypeError, match='dict of name → Recipe'): run(names={'mine': dict(alpha=1.)})
+
+def test_a_function_with_another_body_is_another_run():
+    def recipe(i):
+        if i==0:
+            def teacher(z): return z.mean(1, keepdim=True)
+        else:
+            def teacher(z): return z.amax(1, keepdim=True)
+        return {'mine': Recipe('here', teacher=teacher)}
+    a,b,c = (run(names=recipe(i), seeds=1).run[0] for i in (0, 1, 0))
+    assert a!=b and a==c

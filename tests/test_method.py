@@ -159,6 +159,25 @@ def test_plain_is_a_learner_without_the_callback():
     assert torch.equal(*weights)
     assert calls and not any(calls)                     # in validation, for the columns
 
+def test_the_main_networks_weight_counts_even_alone():
+    losses = []
+    for w in ([0,0,0,1], [0,0,0,.5]):
+        set_seed(0)
+        learn = make_learner(EEDCallback(alpha=0., label_weights=w), model=multi_exit(tiny_resnet, n_out=10))
+        with learn.no_logging(): learn.fit(1, 1e-6)
+        losses.append(learn.recorder.values[-1][0])
+    assert abs(losses[1]/losses[0]-.5) < 1e-2
+
+def test_grad_shares_of_a_frozen_body_and_of_a_loss_of_ones_own():
+    learn = make_learner(EEDCallback(), model=multi_exit(tiny_resnet, n_out=10), splitter=exit_splitter)
+    learn.freeze()
+    assert (learn.grad_shares().grad_norm>0).all() and not learn.model.stages[0].stem_0.weight.requires_grad
+    learn = make_learner(EEDCallback(logit_loss=lambda z,t: (z-t).abs().mean()), model=multi_exit(tiny_resnet, n_out=10))
+    with pytest.raises(ValueError, match='takes no `w`'): learn.grad_shares()
+
+def test_six_exits_have_no_negative_weight():
+    assert min(EEDCallback(**recipes['beed']).label_weights(7))==0. and recipes['branchynet']['label_weights'](1)==[1.]
+
 def remembering(recipe): return recipes[recipe] | ({'logit_loss': partial(AnnealedKL, max_prob=0.1)} if recipe=='pl' else {})    # so that a short fit raises the temperature
 
 def trained(recipe, **kw):
