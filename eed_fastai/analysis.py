@@ -255,13 +255,13 @@ def agreement(
         rows.append(dict(exit=f'exit{i}', both=both, exit_only=alone, main_only=main, neither=1-both-alone-main, disagree=alone+main, either=both+alone+main))
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_analysis.ipynb #f143ba1e
+# %% ../nbs/11_analysis.ipynb #66dcfeb7
 def plot_agreement(
     df:pd.DataFrame, # From `agreement`
     axs=None, # One axes for each exit (None: new ones)
 ): # The axes
     "A 2×2 table for each exit: the main network right or wrong, the exit right or wrong"
-    if axs is None: _,axs = plt.subplots(1, len(df), figsize=(2.6*len(df),2.6), squeeze=False)
+    if axs is None: _,axs = plt.subplots(1, len(df), figsize=(2.9*len(df),2.4), squeeze=False, layout='constrained')
     for ax,r in zip(np.ravel(axs), df.itertuples()):
         cells = np.array([[r.both, r.main_only], [r.exit_only, r.neither]])
         ax.imshow(cells, cmap='Blues', vmin=0, vmax=1)
