@@ -21,7 +21,7 @@ from fastcore.script import *
 
 from eed_fastai import models as eed_models
 from eed_fastai.all import *
-from eed_fastai.analysis import add_row, checkout, exit_scores, hardware, mean_sd, named_logits, paired, peak_memory, write_whole
+from eed_fastai.analysis import add_row, checkout, comparison_table, exit_scores, hardware, mean_sd, named_logits, paired, peak_memory, write_whole
 from eed_fastai.data import array_dls, cifar100_stats, read_cifar100
 from eed_fastai.learner import GatherExits
 from eed_fastai.model import unwrap
@@ -237,14 +237,10 @@ def side_by_side(table, results):
 
 def paired_summary(results):
     "For each setting and recipe: mean, standard deviation and pairs, and main's difference from joint CE and from plain"
-    rows = []
-    setting = ['dataset','network','width','protocol','schedule','epochs','lr','bs','hardware']
-    for key,g in ours(results).groupby(setting, dropna=False):
-        by = dict(list(g.groupby('recipe')))
-        for recipe,r in by.items():
-            diffs = {f'main − {o}': '{:+.2f} ± {:.2f} ({})'.format(*paired(r, by[o])) for o in ('joint_ce','plain') if o in by and o!=recipe}
-            rows.append({**dict(zip(setting[:3]+setting[3:6], key)), 'recipe': recipe, **{e: mean_sd(r[e]) for e in exits}, **diffs})
-    return pd.DataFrame(rows, columns=None if rows else [*setting[:6], 'recipe', *exits]).fillna('')
+    setting = ['dataset','network','width','protocol','schedule','epochs']
+    tables = [comparison_table(g, ['joint_ce','plain']).drop(columns='seconds').assign(**dict(zip(setting, key))) for key,g in ours(results).groupby([*setting, 'lr','bs','hardware'], dropna=False)]
+    df = pd.concat([pd.DataFrame(columns=[*setting, 'recipe', *exits]), *tables])
+    return df.dropna(axis=1, how='all').fillna('') if tables else df
 
 # --- the command ----------------------------------------------------------------------------------------------------
 

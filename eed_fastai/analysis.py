@@ -90,22 +90,26 @@ def checkout(
     def git(*args): return subprocess.run(['git', *args], cwd=cwd, capture_output=True, text=True).stdout.strip()
     return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(top,exclude)benchmarks/results')) or 'unknown'
 
-# %% ../nbs/11_analysis.ipynb #4f12131d
+# %% ../nbs/11_analysis.ipynb #fde68daf
 def _facts(o):
     "What tells `o` from others: a library's function by its name, one of your own by its code, a network by its weights"
     if isinstance(o, partial): return _facts(o.func),_facts(o.args),_facts(o.keywords)
     if isinstance(o, dict): return sorted((str(k), _facts(v)) for k,v in o.items())
     if isinstance(o, (list, tuple)): return [_facts(v) for v in o]
-    if isinstance(o, nn.Module): return repr(o),[hashlib.sha1(v.cpu().contiguous().numpy().tobytes()).hexdigest() for v in o.state_dict().values()]
+    if isinstance(o, Tensor): return tuple(o.shape),hashlib.sha1(o.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    if isinstance(o, nn.Module): return repr(o),_facts(o.state_dict()),_facts({k: v for k,v in vars(o).items() if k[0]!='_' and isinstance(v, (int,float,str,tuple))})
     if isinstance(o, type) or getattr(o, '__module__', '').split('.')[0] in ('eed_fastai','fastai','torch','torchvision','timm') and hasattr(o, '__qualname__'): return f'{o.__module__}.{o.__qualname__}'
-    if hasattr(o, '__code__'): return o.__qualname__,o.__code__.co_code.hex(),o.__code__.co_names,_facts(o.__code__.co_consts),_facts([c.cell_contents for c in o.__closure__ or ()])
+    if hasattr(o, '__code__'): return o.__qualname__,o.__code__.co_code.hex(),o.__code__.co_names,_facts(o.__code__.co_consts),_facts([c.cell_contents for c in o.__closure__ or () if c.cell_contents is not o])
     return (type(o).__qualname__,_facts(o.__dict__)) if hasattr(o, '__dict__') else re.sub(r' at 0x\w+', '', repr(o))
 
 # %% ../nbs/11_analysis.ipynb #37f2a1dd
 def _settings(**kw): return hashlib.sha1(repr(_facts(kw)).encode()).hexdigest()[:6]
 
-# %% ../nbs/11_analysis.ipynb #831469e9
-def _there(file): return set(pd.read_csv(file).run) if file is not None and file.exists() else set()
+# %% ../nbs/11_analysis.ipynb #c1e4b18e
+def _kept(file, run):
+    "The row of `run` in `file`, or None"
+    df = pd.read_csv(file) if file is not None and file.exists() else pd.DataFrame(dict(run=[]))
+    return next(iter(df[df.run==run].to_dict('records')), None)
 
 # %% ../nbs/11_analysis.ipynb #ee6f1cf9
 def _fitted(dls, arch, recipe, seed, fit, kw):
@@ -119,7 +123,7 @@ def _fitted(dls, arch, recipe, seed, fit, kw):
     with learn.no_bar(), learn.no_logging(): fit(learn)
     return learn,time.perf_counter()-start
 
-# %% ../nbs/11_analysis.ipynb #a6f812b6
+# %% ../nbs/11_analysis.ipynb #a03087ea
 def _run(dls, arch, recipe, seed, fit, kw):
     "Train one run; its scores, its seconds and its curve"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
@@ -132,10 +136,8 @@ def _run(dls, arch, recipe, seed, fit, kw):
     gather,names = GatherExits(),unwrap(learn.model).exit_names
     with learn.no_bar(): learn.get_preds(reorder=False, cbs=gather)
     z = named_logits(torch.cat(gather.zs).cpu(), names)
-    trained = z if not _main_alone(recipe, names) else {'main': z['main']}
-    return exit_scores(trained, torch.cat(gather.ys).cpu()),seconds+extra,curve
-
-def _main_alone(recipe, names): return recipe.get('label_weights') is main_only and not recipe.get('alpha', 1.)
+    if learn.eed._alone: z = {'main': z['main']}           # its exits were never trained
+    return exit_scores(z, torch.cat(gather.ys).cpu()),seconds+extra,curve
 
 # %% ../nbs/11_analysis.ipynb #79c1ad3a
 def history(
@@ -145,7 +147,7 @@ def history(
     names = learn.recorder.metric_names[1:]
     return pd.DataFrame([dict(zip(names, v), epoch=i) for i,v in enumerate(learn.recorder.values)])
 
-# %% ../nbs/11_analysis.ipynb #49aa2ed9
+# %% ../nbs/11_analysis.ipynb #bfa0008d
 @delegates(Learner.__init__)
 def compare(
     dls:DataLoaders, # Batches of images and classes; the validation set judges
@@ -166,7 +168,7 @@ def compare(
     network,rows = arch if isinstance(arch, str) else getattr(getattr(arch, 'func', arch), '__name__', type(arch).__name__),[]
     for seed,(name,recipe) in itertools.product(range(seeds) if isinstance(seeds, int) else seeds, table.items()):
         run = f"{dataset}-{network}-{name}-{epochs}-s{seed}-{_settings(arch=arch, recipe=dict(recipe), head=recipe.head, lr=lr, bs=dls.train.bs, n=len(dls.train_ds), fit=fit, **kwargs)}"
-        if run in _there(file): rows.append(pd.read_csv(file).set_index('run', drop=False).loc[run].to_dict()); continue
+        if (row := _kept(file, run)) is not None: rows.append(row); continue
         scores,seconds,curve = _run(dls, arch, recipe, seed, ifnone(fit, partial(_one_cycle, epochs=epochs, lr=lr)), kwargs)
         rows.append(dict(dataset=dataset, network=network, width=getattr(arch, 'keywords', {}).get('width'), recipe=name, protocol='valid', epochs=epochs, seed=seed, commit=checkout(), hardware=hardware(), torch=torch.__version__, seconds=round(seconds, 2),
                          peak_memory=peak_memory() if torch.cuda.is_available() else None, **scores, lr=lr, bs=dls.train.bs, n_train=len(dls.train_ds), n_judge=len(dls.valid_ds), fastai=version('fastai'), eed_fastai=version('eed_fastai'), label=recipe.label, run=run))
@@ -216,15 +218,15 @@ def exit_order(
 # %% ../nbs/11_analysis.ipynb #b4877bb6
 def _label(name, df): return next((o for o in (df[df.recipe==name].label if 'label' in df else []) if isinstance(o, str)), None) or getattr(recipes.get(name), 'label', None) or name
 
-# %% ../nbs/11_analysis.ipynb #5884961b
+# %% ../nbs/11_analysis.ipynb #40fde9ca
 def comparison_table(
     df:pd.DataFrame, # Rows from `compare`, or of one setting of a benchmark
-    base:str='joint_ce', # The recipe to which others are compared
+    base:str|list='joint_ce', # The recipe, or recipes, to which others are compared
     on:str='main', # Whose accuracy is compared
 ) -> pd.DataFrame: # A row for each recipe
     "Mean ± standard deviation (runs) for each exit, the paired difference from `base` ± half a 95 % interval (pairs), and the mean seconds"
     by = {k: df[df.recipe==k] for k in df.recipe.unique()}
-    def diff(k): return {} if base not in by else {f'{on} − {base}': '' if k==base else '{:+.2f} ± {:.2f} ({})'.format(*paired(by[k], by[base], on))}
+    def diff(k): return {f'{on} − {b}': '' if k==b else '{:+.2f} ± {:.2f} ({})'.format(*paired(by[k], by[b], on)) for b in L(base) if b in by}
     return pd.DataFrame([{'recipe': _label(k, df), **{e: mean_sd(g[e]) for e in exit_order(df)}, **diff(k), 'seconds': round(g.seconds.mean(), 1)} for k,g in by.items()])
 
 # %% ../nbs/11_analysis.ipynb #53ec9c21
@@ -360,7 +362,7 @@ def unaugmented(
     "The training images as test images are: none left out, no augmentation"
     with dls.train_ds.set_split_idx(1) if hasattr(dls.train_ds, 'set_split_idx') else nullcontext(): yield from dls.valid.new(dataset=dls.train_ds, shuffle=False, drop_last=False)
 
-# %% ../nbs/11_analysis.ipynb #a7fa8a13
+# %% ../nbs/11_analysis.ipynb #4715b555
 class TrainCurve(Callback):
     "After each epoch, the accuracy of all exits and the ensemble on the training images, in eval mode and without augmentation"
     order = Recorder.order+1
@@ -371,7 +373,8 @@ class TrainCurve(Callback):
         model,right = unwrap(self.model),0.
         with evaluating(model):
             for x,y in unaugmented(self.dls):
-                z = torch.stack(list(named_logits(model.all_exits(x).logits, model.exit_names).values()), 1)
+                z = model.all_exits(x).logits
+                z = torch.cat([z, mean_logits(z)[:,None]], 1)
                 right = right + (z.argmax(-1)==y[:,None]).float().sum(0)
         self.rows.append(dict(zip([*model.exit_names, 'ensemble'], (right/len(self.dls.train_ds)).tolist()), epoch=self.epoch))
 

@@ -199,11 +199,14 @@ def main_only(
     "Weights 0, …, 0, 1: the main network alone"
     return [0.]*(k-1) + [1.]
 
-# %% ../nbs/08_callback.ipynb #d680aa2f
+# %% ../nbs/08_callback.ipynb #51957a5b
+@patch(as_prop=True)
+def _shown(self:EEDCallback): return getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False)     # are there columns for training batches, too?
+
+# %% ../nbs/08_callback.ipynb #a5177f39
 @patch(as_prop=True)
 def _alone(self:EEDCallback):
-    shown = getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False)      # the exits' columns for training batches
-    return not (self.alpha or self.beta or shown) and self.w_label is not None and [*self.w_label]==main_only(len(self.w_label))
+    return not (self.alpha or self.beta or self._shown) and self.w_label is not None and [*self.w_label]==main_only(len(self.w_label))
 
 # %% ../nbs/08_callback.ipynb #f0c5b3d2
 @patch
@@ -241,12 +244,13 @@ def _averages_rows(lf, yb):
     "Does `lf` average over rows of logits, so that one call can judge all exits?"
     return isinstance(lf, BaseLoss) and lf.is_2d and lf.flatten and lf.axis==-1 and getattr(lf.func, 'reduction', None)=='mean' and len(yb)==1 and yb[0].ndim==1
 
-# %% ../nbs/08_callback.ipynb #0253b2d3
+# %% ../nbs/08_callback.ipynb #822e217a
 def _exit_loss(lf, z, yb, w=None):
     "The sum of `lf` over the exits in `z`, weighted by the numbers `w`"
     n = z.shape[1]
-    if n and w is None and _averages_rows(lf, yb): return n * lf(z, yb[0][:,None].expand(-1, n))
-    return sum((a*lf(o, *yb).mean() for a,o in zip(w or [1]*n, z.unbind(1)) if a), z.new_zeros(()))
+    w = w or [1]*n
+    if len(set(w))==1 and _averages_rows(lf, yb): return w[0] * n * lf(z, yb[0][:,None].expand(-1, n))
+    return sum((a*lf(o, *yb).mean() for a,o in zip(w, z.unbind(1)) if a), z.new_zeros(()))
 
 # %% ../nbs/08_callback.ipynb #6dabe58e
 @patch
@@ -258,40 +262,47 @@ def _targets(self:EEDCallback, z):
     teacher = self._part('teacher')
     return teacher(z.detach(), self.xb[0]) if getattr(teacher, 'needs_images', False) else teacher(z.detach())
 
+# %% ../nbs/08_callback.ipynb #2e9141fa
+@patch
+def _aims(self:EEDCallback, z, f):
+    "The targets for logits and features; None where nothing needs them"
+    return self._targets(z) if self._now(self.alpha) else None, self._targets(f).detach() if self._now(self.beta) else None
+
 # %% ../nbs/08_callback.ipynb #e344416a
 def _pick(w, only, k):
     "The weights `w` of `k` exits, all but that of `only` made zero; as a keyword, if there is anything to say"
     if only is not None: w = [(1 if w is None else w[j])*(j==only) for j in range(k)]
     return {} if w is None else {'w': w}
 
-# %% ../nbs/08_callback.ipynb #d6e5db89
+# %% ../nbs/08_callback.ipynb #992b29b1
 @patch
-def _terms(self:EEDCallback, z, f, only=None):
-    k,lf,alpha,beta = z.shape[1],self.learn.loss_func,self._now(self.alpha),self._now(self.beta)
+def _terms(self:EEDCallback, z, f, only=None, aims=None):
+    k,lf,(t,u) = z.shape[1],self.learn.loss_func,aims or self._aims(z, f)
     w = _pick(self.w_label, only, k).get('w')
     res = {'exit_loss': _exit_loss(lf, z[:,:-1], self.yb, w and w[:-1])}
-    if alpha: res |= self._logit_terms(z, alpha, only)
-    if beta: res['feat_loss'] = beta * self._part('feat_loss')(f, self._targets(f).detach(), **_pick(None, only, k))
+    if t is not None: res |= self._logit_terms(z, t, only)
+    if u is not None: res['feat_loss'] = self._now(self.beta) * self._part('feat_loss')(f, u, **_pick(None, only, k))
     return res
 
-# %% ../nbs/08_callback.ipynb #382c6ece
+# %% ../nbs/08_callback.ipynb #00befb8c
 @patch
-def _logit_terms(self:EEDCallback, z, alpha, only):
-    t,loss,teacher = self._targets(z),self._part('logit_loss'),self._part('teacher')
-    res = {'logit_loss': alpha * loss(z, t.detach(), **_pick(self.w_logit, only, z.shape[1]))}
+def _logit_terms(self:EEDCallback, z, t, only):
+    loss,teacher = self._part('logit_loss'),self._part('teacher')
+    res = {'logit_loss': self._now(self.alpha) * loss(z, t.detach(), **_pick(self.w_logit, only, z.shape[1]))}
     if only is None and hasattr(teacher, 'loss'): res['teacher_loss'] = teacher.loss(t, z.detach(), lambda t: _exit_loss(self.learn.loss_func, t, self.yb))
     if only is None and self.training and hasattr(loss, 'update'): loss.update(t.detach())
     return res
 
-# %% ../nbs/08_callback.ipynb #4a02cd8f
+# %% ../nbs/08_callback.ipynb #da5b9d5b
 @patch
 def after_loss(self:EEDCallback):
     "Compute the terms, and in training add them to the loss"
     if not len(self.yb) or self.learn.exits is None: return
     with torch._C.DisableTorchFunctionSubclass():             # plain tensors inside
-        terms = self._terms(*self.learn.exits)
+        aims = self._aims(*self.learn.exits)
+        if self.by_exit: self.learn.exit_parts = self._by_exit(*self.learn.exits, aims)      # first: a temperature rises in `_terms`
+        terms = self._terms(*self.learn.exits, aims=aims)
         self.learn.exit_terms = {k:v.detach() for k,v in terms.items()}
-        if self.by_exit: self.learn.exit_parts = self._by_exit(*self.learn.exits)
         if not self.training: return
         self.learn.loss_grad = self._main(self.learn.loss_grad) + sum(terms.values())
         self.learn.loss = self.learn.loss_grad.detach().clone()   # a clone: GradientAccumulation divides `loss_grad` in place
@@ -300,12 +311,12 @@ def after_loss(self:EEDCallback):
 @patch
 def _main(self:EEDCallback, loss): return loss if self.w_label is None or self.w_label[-1]==1 else self.w_label[-1]*loss
 
-# %% ../nbs/08_callback.ipynb #56f20d21
+# %% ../nbs/08_callback.ipynb #a4c416b1
 @patch
 @torch.no_grad()
-def _by_exit(self:EEDCallback, z, f):
-    names = _live_model(self.learn).exit_names
-    return {f'{k}.{n}': v for i,n in enumerate(names) for k,v in self._terms(z, f, i).items()}
+def _by_exit(self:EEDCallback, z, f, aims):
+    if self.training and not self._shown: return {}           # no column to show them in
+    return {f'{k}.{n}': v for i,n in enumerate(_live_model(self.learn).exit_names) for k,v in self._terms(z, f, i, aims).items()}
 
 # %% ../nbs/08_callback.ipynb #e0795ac9
 @patch
@@ -326,7 +337,7 @@ def _grad_norm(part, ps):
     gs = torch.autograd.grad(part, ps, retain_graph=True, allow_unused=True)
     return torch.stack([g.norm() for g in gs if g is not None] or [part.new_zeros(())]).norm().item()
 
-# %% ../nbs/08_callback.ipynb #a6b32bac
+# %% ../nbs/08_callback.ipynb #abd88409
 @patch
 def grad_shares(self:Learner,
     dl:DataLoader|None=None, # Its first batch is used (None: the training data)
@@ -342,8 +353,9 @@ def grad_shares(self:Learner,
         model = unwrap(self.model).train()
         model.stages.requires_grad_(True)           # of a copy: frozen parameters have a gradient, too
         z,f = (None if o is None else o.float() for o in model.all_exits(*self.xb))
+        aims = cb._aims(z, f)
         parts = [('label_loss', 'main', cb._main(self.loss_func(z[:,-1], *self.yb)))]
-        parts += [(k.replace('exit_loss', 'label_loss'), n, v) for i,n in enumerate(model.exit_names) for k,v in cb._terms(z, f, i).items() if (k,n)!=('exit_loss','main')]
+        parts += [(k.replace('exit_loss', 'label_loss'), n, v) for i,n in enumerate(model.exit_names) for k,v in cb._terms(z, f, i, aims).items() if (k,n)!=('exit_loss','main')]
         df = pd.DataFrame([(t, n, v.item(), _grad_norm(v, list(model.stages.parameters()))) for t,n,v in parts], columns=['term','exit','value','grad_norm'])
     return df.assign(share=df.grad_norm/df.grad_norm.sum()).sort_values(['term','exit'], ignore_index=True)
 
