@@ -9,4 +9,5 @@ from eed_fastai.losses import *
 from eed_fastai.metrics import *
 from eed_fastai.callback import *
 from eed_fastai.learner import *
+from eed_fastai.inference import *
 from eed_fastai.analysis import *
