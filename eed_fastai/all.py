@@ -11,3 +11,4 @@ from eed_fastai.callback import *
 from eed_fastai.learner import *
 from eed_fastai.inference import *
 from eed_fastai.analysis import *
+from eed_fastai.export import *

@@ -107,15 +107,26 @@ def _in_order(left):
 # %% ../nbs/10_inference.ipynb #fd48b609
 def _at(rows, keep): return rows[keep] if rows is not None else keep if keep.dtype!=torch.bool else keep.nonzero().squeeze(1)
 
-# %% ../nbs/10_inference.ipynb #97fdf026
+# %% ../nbs/10_inference.ipynb #d33463dc
 def exits_taken(
     z:Tensor, # Logits of all exits `(n,n_exits,n_out)`
     thresholds:list, # One for each exit but the last
     score:Callable=max_prob, # As for `early_exit`
 ) -> Tensor: # `(n,)`, index of the exit
     "Where each image would leave"
-    where,ok = torch.full((len(z),), z.shape[1]-1, device=z.device),[i for i,t in enumerate(thresholds) if t<=1]
-    for j,i in reversed(list(enumerate(ok))): where[score(z[:,ok[:j+1]])>=thresholds[i]] = i
+    ok = [i for i,t in enumerate(thresholds) if t<=1]
+    return _where(_scores_of(z, ok, score), [thresholds[i] for i in ok], ok, z.shape[1]-1)
+
+# %% ../nbs/10_inference.ipynb #4676ce2f
+def _scores_of(z, ok, score):
+    "Scores `(n,k)` of the k open exits `ok`"
+    return torch.stack([score(z[:,ok[:j+1]]) for j in range(len(ok))], 1) if ok else z.new_zeros(len(z), 0)
+
+# %% ../nbs/10_inference.ipynb #8bc14f4c
+def _where(s, ts, ok, last):
+    "The first exit whose score reaches its threshold"
+    where = torch.full((len(s),), last, device=s.device)
+    for j in reversed(range(len(ok))): where[s[:,j]>=ts[j]] = ok[j]
     return where
 
 # %% ../nbs/10_inference.ipynb #b1750c63
@@ -141,14 +152,15 @@ def _ms(f):
     f(); wait()
     return 1000*(time.perf_counter()-start)
 
-# %% ../nbs/10_inference.ipynb #e12ca6db
+# %% ../nbs/10_inference.ipynb #0ff833d0
 def walk_costs(
     parts:pd.DataFrame, # From `part_macs` or `part_times`
     thresholds:list|None=None, # Whose exits above 1 are closed (None: all are open)
 ) -> np.ndarray: # `(n_exits,)`, in the unit of `parts`
     "What an image has cost that leaves at each exit: its stages, and all open heads up to there"
-    is_open = np.array([1.]*len(parts) if thresholds is None else [t<=1 for t in thresholds] + [True])
-    return (parts['stage'].cumsum() + (parts['head']*is_open).cumsum() + parts['head']*(1-is_open)).values
+    stage,head = parts['stage'].to_numpy(),parts['head'].to_numpy()
+    is_open = np.array([True]*len(parts) if thresholds is None else [t<=1 for t in thresholds] + [True])
+    return stage.cumsum() + (head*is_open).cumsum() + head*~is_open
 
 # %% ../nbs/10_inference.ipynb #2a3fb5ca
 def fit_temperatures(
@@ -233,7 +245,7 @@ def geometric_shares(
     powers = [r**np.arange(1, s.shape[1]+2) for r in np.arange(39, 0, -1)/20]
     return [share_thresholds(s, p/p.sum()) for p in powers]
 
-# %% ../nbs/10_inference.ipynb #ff8f1090
+# %% ../nbs/10_inference.ipynb #e840826f
 def policy_result(
     z:Tensor, # Logits of all exits `(n,n_exits,n_out)`
     y:Tensor, # Classes `(n,)`
@@ -242,9 +254,12 @@ def policy_result(
     score:Callable=max_prob, # As for `early_exit`
 ) -> dict: # `cost` (mean for an image, in the unit of `parts`), `accuracy`, `main` (its accuracy), `worse` (share that main had right and the early exit has wrong), `left_exit0`, … (shares)
     "What thresholds would cost and give on these images"
-    where,right = exits_taken(z, thresholds, score),z.argmax(-1)==y[:,None]
-    ours,main = right[range(len(z)),where],right[:,-1]
-    left = where.bincount(minlength=z.shape[1])/len(z)
+    return _outcome(exits_taken(z, thresholds, score), z.argmax(-1)==y[:,None], thresholds, parts)
+
+# %% ../nbs/10_inference.ipynb #ba95a24c
+def _outcome(where, right, thresholds, parts):
+    ours,main = right.gather(1, where[:,None])[:,0],right[:,-1]
+    left = where.bincount(minlength=len(parts))/len(where)
     res = dict(cost=float(walk_costs(parts, thresholds) @ left.cpu().numpy()), accuracy=ours.float().mean().item(), main=main.float().mean().item(), worse=(main & ~ours).float().mean().item())
     return res | dict(zip([f'left_{o}' for o in parts.index], left.tolist()))
 
@@ -262,7 +277,7 @@ def _usable(parts):
     if dear: warnings.warn(f"Left closed, since alone they cost at least what the main network does: {', '.join(parts.index[i] for i in dear)}")
     return [i for i in range(len(parts)-1) if i not in dear]
 
-# %% ../nbs/10_inference.ipynb #1e70ee81
+# %% ../nbs/10_inference.ipynb #cdc1529d
 def threshold_sweep(
     z:Tensor, # Logits of all exits `(n,n_exits,n_out)` of images that did not train
     y:Tensor, # Classes `(n,)`
@@ -272,12 +287,12 @@ def threshold_sweep(
     open:list|None=None, # Indices of the exits that may be open (None: all but the dear ones)
 ) -> pd.DataFrame: # A row for each setting: `thresholds` and what `policy_result` says
     "Try a family of thresholds"
-    ok,rows = _usable(parts) if open is None else list(open),[]
-    if ok:
-        for ts in family(torch.stack([score(z[:,ok[:j+1]]) for j in range(len(ok))], 1)):
-            full = [dict(zip(ok, ts)).get(i, math.inf) for i in range(len(parts)-1)]
-            rows.append(dict(thresholds=full, **policy_result(z, y, full, parts, score)))
-    return pd.DataFrame(rows or [dict(thresholds=(full := [math.inf]*(len(parts)-1)), **policy_result(z, y, full, parts, score))])
+    ok,rows,last = _usable(parts) if open is None else list(open),[],len(parts)-1
+    s,right = _scores_of(z, ok, score),z.argmax(-1)==y[:,None]
+    for ts in family(s) if ok else [[]]:
+        full = [dict(zip(ok, ts)).get(i, math.inf) for i in range(last)]
+        rows.append(dict(thresholds=full, **_outcome(_where(s, ts, ok, last), right, full, parts)))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/10_inference.ipynb #021d8686
 def worst_share(
@@ -288,7 +303,7 @@ def worst_share(
     "Clopper & Pearson's upper limit of a share"
     return 1. if k>=n else float(beta_dist.ppf(confidence, k+1, n-k))
 
-# %% ../nbs/10_inference.ipynb #150cf72c
+# %% ../nbs/10_inference.ipynb #d3006806
 def exit_thresholds(
     z:Tensor, # Logits of all exits `(n,n_exits,n_out)` of images that did not train
     y:Tensor, # Classes `(n,)`
@@ -299,14 +314,14 @@ def exit_thresholds(
     family:Callable|None=None, # As for `threshold_sweep` (None: `one_threshold`; for `drop` on a grid that is fixed, since its limit holds only for settings that were named before the data were seen)
     confidence:float=0.95, # With which `drop` holds
 ) -> list: # Thresholds, one for each exit but the last
-    "The most accurate thresholds within a budget, or the cheapest that surely lose no more than `drop`"
+    "The most accurate thresholds within a budget (of equally accurate ones the safest, which are the dearest), or the cheapest that surely lose no more than `drop`"
     if (budget is None)==(drop is None): raise ValueError(f"Give either a `budget` or a `drop`, and not both; found budget={budget}, drop={drop}")
     if drop is not None: return _within_drop(threshold_sweep(z, y, parts, score, family or partial(one_threshold, grid=fixed_grid)), len(z), drop, confidence, walk_costs(parts, [math.inf]*(len(parts)-1))[-1])
-    ok = _usable(parts)
+    ok,budget = _usable(parts),min(budget, walk_costs(parts, [math.inf]*(len(parts)-1))[-1])      # the main network alone is always to be had
     sets = [o for n in range(len(ok)+1) for o in itertools.combinations(ok, n)] if len(ok)<=6 else [(), ok]
     df = pd.concat([threshold_sweep(z, y, parts, score, family or one_threshold, o) for o in sets])
     if not len(within := df[df.cost<=budget]): raise ValueError(f"A budget of {budget:.4g} is less than the cheapest setting costs, {df.cost.min():.4g}; raise it, or put an exit earlier")
-    return within.sort_values(['accuracy','cost'], ascending=[False,True]).thresholds.iloc[0]
+    return within.sort_values(['accuracy','cost'], ascending=False).thresholds.iloc[0]
 
 # %% ../nbs/10_inference.ipynb #ec9f1adc
 def _within_drop(df, n, drop, confidence, alone):
@@ -326,7 +341,7 @@ def anytime_curve(
     alone = (parts['stage'].cumsum() + parts['head']).values
     return pd.DataFrame(dict(exit=parts.index, cost=alone, accuracy=acc(z), ensemble_cost=walk_costs(parts), ensemble_accuracy=acc(prefix_ensembles(z, how))))
 
-# %% ../nbs/10_inference.ipynb #60832d11
+# %% ../nbs/10_inference.ipynb #8e030edc
 def budgeted_curve(
     fit:tuple, # Logits `(m,n_exits,n_out)` and classes `(m,)` that choose the thresholds
     report:tuple, # Logits `(n,n_exits,n_out)` and classes `(n,)` of other images, that judge
@@ -339,7 +354,7 @@ def budgeted_curve(
     sweep = threshold_sweep(*fit, parts, score, family)
     targets,rows = np.linspace(sweep.cost.min(), sweep.cost.max(), n),[]
     for t in targets:
-        ts = sweep[sweep.cost<=t].sort_values(['accuracy','cost'], ascending=[False,True]).thresholds.iloc[0]
+        ts = sweep[sweep.cost<=t].sort_values('cost').thresholds.iloc[-1]                 # spends the budget
         rows.append(dict(target=t, thresholds=ts, **policy_result(*report, ts, parts, score)))
     return pd.DataFrame(rows)
 
@@ -401,7 +416,7 @@ def predict_early(self:Learner,
         z,y = self.get_preds(dl=dl, reorder=False, act=noop, cbs=taken)
     return z.float().softmax(-1),y,torch.cat(taken.taken)
 
-# %% ../nbs/10_inference.ipynb #fbef7972
+# %% ../nbs/10_inference.ipynb #b16bdbd9
 @patch
 def exit_logits(self:Learner,
     dl:DataLoader|None=None, # Batches with targets (None: the validation data)
@@ -409,7 +424,7 @@ def exit_logits(self:Learner,
     "What all exits say of labelled images, in the order of the data set"
     gather,dl = GatherExits(),ifnone(dl, self.dls.valid)
     if dl.dataset is self.dls.train_ds: raise ValueError("These are the images that train; on them every exit is too good and too sure. Pass `dl=` with images that do not, such as `dls.valid` or `dls.test_dl(items, with_labels=True)`")
-    with self.no_bar(): self._gather(dl, gather)
+    self._gather(dl, gather)
     if not gather.ys: raise ValueError("These batches have no targets, so nothing can be fitted or judged on them; pass a labelled `dl`, such as `dls.test_dl(items, with_labels=True)`")
     return torch.cat(gather.zs).cpu(),torch.cat(gather.ys).cpu()
 
