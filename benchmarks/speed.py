@@ -1,8 +1,8 @@
 """Seconds for a training step: the reference's, ours by hand, ours in a Learner, and the plain network; and how cost grows.
 
     python benchmarks/speed.py                     # cifar_resnet18 at batch 64, and a tiny network, on this machine
-    python benchmarks/speed.py --growth True       # time and memory against exits, classes, image size and batch
-    python benchmarks/speed.py --epochs True       # seconds for an epoch of CIFAR-100, for a GPU
+    python benchmarks/speed.py --growth            # time and memory against exits, classes, image size and batch
+    python benchmarks/speed.py --epochs            # seconds for an epoch of CIFAR-100, for a GPU
 
 Ratios are taken within one run: the variants take turns, round by round, and each figure is the median over the rounds.
 Rows go to `results/speed.csv` and `results/growth.csv`. Time nothing else meanwhile.

@@ -59,7 +59,7 @@ def _thresholds_for(model, thresholds, temperatures):
     if temperatures is not None and len(temperatures)!=k: raise ValueError(f"{len(temperatures)} temperatures for {k} exits; give one for each of {', '.join(model.exit_names)}")
     return ts
 
-# %% ../nbs/10_inference.ipynb #a0d0b114
+# %% ../nbs/10_inference.ipynb #d0ba7629
 def early_exit(
     model:MultiExitModel, # A network with its heads built; it runs in eval mode, and its own modes come back
     x:Tensor, # Images `(b,n_in,h,w)` on the network's device
@@ -73,7 +73,7 @@ def early_exit(
     model._check(x)
     thresholds,k,zs,left = _thresholds_for(model, thresholds, temperatures),model.n_exits,[],[]
     rows,gone,n_gone = None,None,0           # None: all, in order; none
-    with evaluating(model):
+    with evaluating(model) if _in_training(model) else torch.no_grad():
         for i,(_,head) in enumerate(model):
             x = model._stage(i, x)
             if i<k-1 and thresholds[i]>1: continue
@@ -89,6 +89,12 @@ def early_exit(
                 keep = (~gone).nonzero().squeeze(1)
                 x,rows,zs,gone,n_gone = x[keep],_at(rows, keep),[z[keep] for z in zs],None,0
     return _in_order(left)
+
+# %% ../nbs/10_inference.ipynb #6e04e3fe
+def _in_training(model):
+    "Would anything remember or be random? Asked at every answer, so batch norms are looked up once: walking through all modules takes as long as a small stage"
+    if '_norms' not in vars(model): model._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return model.training or any(m.training for ms in (model.stages, model.heads, model._norms) for m in ms)
 
 # %% ../nbs/10_inference.ipynb #32e389c4
 def _leaves(zs, score, threshold):

@@ -19,7 +19,7 @@ def test_the_readmes_command(tmp_path):
     r = eed_train(cwd=tmp_path)
     assert r.returncode==0, r.stderr[-2000:]
     out = tmp_path/'runs/digits-resnet18-eed_mse-1'
-    assert sorted(o.name for o in out.iterdir()) == ['curve.png','exits.csv','history.csv','model.pth','run.json']
+    assert sorted(o.name for o in out.iterdir()) == ['config.json','curve.png','exits.csv','history.csv','model.safetensors','run.json']
     exits = pd.read_csv(out/'exits.csv').set_index('exit')
     assert list(exits.columns)==['accuracy','macs','share','params'] and list(exits.index)==['exit0','exit1','exit2','main','ensemble']
     assert exits.accuracy['main'] >= 0.97 and exits['share']['main'] == 1 and exits.accuracy['exit0'] > 0.9
@@ -36,10 +36,10 @@ def test_own_images(tmp_path):
     r = eed_train(*args, cwd=tmp_path)
     assert r.returncode==0, r.stderr[-2000:]
     assert len(pd.read_csv(tmp_path/'mine/exits.csv'))==5
-    weights = (tmp_path/'mine/model.pth').read_bytes()
+    weights = (tmp_path/'mine/model.safetensors').read_bytes()
     r = eed_train(*args, cwd=tmp_path)
     assert r.returncode!=0 and 'mine exists already' in r.stderr and 'Traceback' not in r.stderr
-    assert (tmp_path/'mine/model.pth').read_bytes()==weights
+    assert (tmp_path/'mine/model.safetensors').read_bytes()==weights
 
 @pytest.mark.parametrize('args,message', [
     (('--data', 'nowhere'), 'There is no folder nowhere'),
@@ -52,6 +52,28 @@ def test_mistakes_are_one_line(tmp_path, args, message):
     r = eed_train(*args, cwd=tmp_path)
     assert r.returncode!=0 and message in r.stderr and 'Traceback' not in r.stderr
     assert not (tmp_path/'runs').exists()
+
+def command(name, *args, cwd): return subprocess.run([Path(sys.executable).parent/name, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=400)
+
+def test_from_images_to_graphs(tmp_path):
+    "Train, find a policy, predict files and export, each from the shell"
+    write_folder(tmp_path/'pets', per_class=30)
+    r = eed_train('--data', 'pets', '--arch', 'resnet18', '--epochs', 3, '--bs', 8, '--size', 32, '--valid-pct', 0.5, '--out', 'run', cwd=tmp_path)
+    assert r.returncode==0, r.stderr[-2000:]
+    r = command('eed_eval', 'run', '--budget', .8, cwd=tmp_path)
+    assert r.returncode==0 and 'exit0' in r.stdout and 'reported' in r.stdout, r.stderr[-2000:]
+    assert json.loads((tmp_path/'run/config.json').read_text())['policy'] and Image.open(tmp_path/'run/early.png').size[0]>400
+    assert {'target','cost','accuracy'} <= set(pd.read_csv(tmp_path/'run/early.csv').figure)
+    r = command('eed_predict', 'run', 'pets/0', 'pets/1/0.png', '--csv', 'answers.csv', cwd=tmp_path)
+    answers = pd.read_csv(tmp_path/'answers.csv', dtype=dict(answer=str))
+    assert r.returncode==0 and list(answers.columns)==['file','answer','probability','exit'] and len(answers)==31
+    assert set(answers.answer)<={'0','1'} and set(answers.exit)<={'exit0','exit1','exit2','main'} and answers.probability.between(.5, 1).all()
+    r = command('eed_export', 'run', cwd=tmp_path)
+    assert r.returncode==0 and (tmp_path/'run/onnx/stage3.onnx').exists() and (tmp_path/'run/onnx/runtime.py').exists(), r.stderr[-2000:]
+    for args,said in ((('eed_eval', 'nowhere'), 'config.json'), (('eed_eval', 'run', '--budget', 1e-3), 'cheapest setting'), (('eed_predict', 'run'), 'Give image files'),
+                      (('eed_predict', 'run', 'run/run.json'), 'cannot be read as an image'), (('eed_export', 'run'), 'exists already')):
+        r = command(*args, cwd=tmp_path)
+        assert r.returncode!=0 and said in r.stderr and 'Traceback' not in r.stderr, (args, r.stderr[-500:])
 
 def test_help(tmp_path):
     r = eed_train('--help', cwd=tmp_path)

@@ -71,6 +71,10 @@ def test_modes_come_back_and_statistics_stay():
     assert [m.training for m in model.modules()]==modes
     model.eval(); model.stages[2].train()                          # a part of a network that answers is left in training mode
     early_exit(model, images(9), [2.,2.,2.])
+    model.eval(); next(m for m in model.stages[1].modules() if isinstance(m, torch.nn.BatchNorm2d)).train()
+    early_exit(model, images(9), [.3,.3,.3])
+    model.eval(); model.heads[0] = deepcopy(model.heads[0]).train()                     # … or replaced
+    early_exit(model, images(9), [.3,.3,.3])
     assert all(torch.equal(v, state[k]) for k,v in model.state_dict().items())
 
 def test_skipped_work_is_not_done():
