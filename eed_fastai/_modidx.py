@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'eed_fastai/inference.py'),
                                       'eed_fastai.inference._TakenExits.before_validate': ( 'inference.html#_takenexits.before_validate',
                                                                                             'eed_fastai/inference.py'),
+                                      'eed_fastai.inference._ask': ('inference.html#_ask', 'eed_fastai/inference.py'),
                                       'eed_fastai.inference._at': ('inference.html#_at', 'eed_fastai/inference.py'),
                                       'eed_fastai.inference._in_order': ('inference.html#_in_order', 'eed_fastai/inference.py'),
                                       'eed_fastai.inference._in_training': ('inference.html#_in_training', 'eed_fastai/inference.py'),

@@ -135,19 +135,22 @@ def _where(s, ts, ok, last):
     for j in reversed(range(len(ok))): where[s[:,j]>=ts[j]] = ok[j]
     return where
 
-# %% ../nbs/10_inference.ipynb #b1750c63
+# %% ../nbs/10_inference.ipynb #37090685
 def part_times(
     model:MultiExitModel, # A network with its heads built
     x:Tensor, # Images `(b,n_in,h,w)`, of the size and number as they will come
     rounds:int=20, # Each part is timed so often, in turns; the median counts (20)
 ) -> pd.DataFrame: # Milliseconds for one image; columns `stage, head`, index `exit0 … main`
-    "What each stage and each head takes on the network's device"
+    "What each stage takes on the network's device, and each head with the question whether that is enough"
     model,steps = unwrap(model),[]
     x = x.to(next(model.parameters()).device)
     with evaluating(model):
-        for i,(stage,head) in enumerate(model): steps += [partial(stage, x), partial(head, x := model._stage(i, x))]
+        for i,(stage,head) in enumerate(model): steps += [partial(stage, x), partial(_ask, head, x := model._stage(i, x))]
         ms = [[_ms(f) for f in steps] for _ in range(rounds+3)][3:]            # three rounds to warm up
     return pd.DataFrame(np.median(ms, 0).reshape(-1, 2)/len(x), columns=['stage','head'], index=model.exit_names)
+
+# %% ../nbs/10_inference.ipynb #e649ea3d
+def _ask(head, x): return int((max_prob(head(x)[0][:,None])>=.5).sum())         # what asking a head takes, its score included
 
 # %% ../nbs/10_inference.ipynb #4ae6a522
 def _ms(f):
@@ -200,19 +203,19 @@ def calibration_table(
     rows = [(n, t, *both(o), *both(o/t)) for n,t,o in zip(names, temperatures, z.unbind(1))]
     return pd.DataFrame(rows, columns=['exit','temperature','nll','ece','nll_after','ece_after'])
 
-# %% ../nbs/10_inference.ipynb #2cc2f60a
+# %% ../nbs/10_inference.ipynb #78608e11
 def plot_reliability(
     z:Tensor, # Logits `(n,n_exits,n_out)`
     y:Tensor, # Classes `(n,)`
     temperatures:list|None=None, # One for each exit (None: as they are)
     ax=None, # Axes to draw on (None: new ones)
 ): # The axes
-    "How often each exit is right against how sure it is, 15 bins"
+    "How often each exit is right against how sure it is, in ten bins of equally many images"
     from sklearn.calibration import calibration_curve
     if ax is None: _,ax = plt.subplots(figsize=(3.5,3.5))
     for i,o in enumerate(z.unbind(1)):
         p,pred = (o/(1 if temperatures is None else temperatures[i])).softmax(-1).max(-1)
-        right,sure = calibration_curve((pred==y).numpy(), p.clamp_max(1).numpy(), n_bins=15)
+        right,sure = calibration_curve((pred==y).numpy(), p.clamp_max(1).numpy(), n_bins=10, strategy='quantile')
         ax.plot(sure, right, marker='.', label='main' if i==z.shape[1]-1 else f'exit{i}')
     ax.plot([0,1], [0,1], ':', c='grey')
     ax.set(xlabel='mean probability of the answer', ylabel='share of right answers'); ax.legend(fontsize=8)
