@@ -114,7 +114,7 @@ def compaction(name, bs, rounds, device):
 @call_parse
 def main(
     network:str=None, # One of the networks above (all)
-    rounds:int=30, # Rounds at batch 1; a third of them at batch 64
+    rounds:int=120, # Rounds at batch 1; a tenth of them at batch 64
     threads:int=None, # PyTorch's threads (as many as cores)
     compaction:bool=False, # Measure what taking images out of a batch costs and saves instead
     results:str=None, # Folder of the rows (`results` beside this file)
@@ -125,7 +125,7 @@ def main(
     if file.exists(): file.unlink()
     for name in [network] if network else networks:
         for bs in ([64] if compaction else [1, 64]):
-            n = rounds if bs==1 else max(rounds//3, 2)
+            n = rounds if bs==1 else max(rounds//10, 2)
             df = (globals()['compaction'] if compaction else rows)(name, bs, n, device)
             df = df.assign(rounds=n, hardware=hardware(), torch=torch.__version__, commit=checkout()).round(4)
             df.to_csv(file, mode='a', index=False, header=not file.exists())

@@ -59,7 +59,7 @@ def _thresholds_for(model, thresholds, temperatures):
     if temperatures is not None and len(temperatures)!=k: raise ValueError(f"{len(temperatures)} temperatures for {k} exits; give one for each of {', '.join(model.exit_names)}")
     return ts
 
-# %% ../nbs/10_inference.ipynb #d0ba7629
+# %% ../nbs/10_inference.ipynb #c4b5cd6e
 def early_exit(
     model:MultiExitModel, # A network with its heads built; it runs in eval mode, and its own modes come back
     x:Tensor, # Images `(b,n_in,h,w)` on the network's device
@@ -69,7 +69,7 @@ def early_exit(
     compact:float=1/16, # Take the finished out of the batch when they are at least this share of it (measured, see above)
 ) -> tuple: # Logits `(b,n_out)` and index of the exit `(b,)` of each image
     "Let each image leave at the first exit that is sure enough, and compute no more for it"
-    model = unwrap(model)
+    model,x = unwrap(model),x.as_subclass(Tensor)          # fastai's own kind of tensor takes a detour at every operation
     model._check(x)
     thresholds,k,zs,left = _thresholds_for(model, thresholds, temperatures),model.n_exits,[],[]
     rows,gone,n_gone = None,None,0           # None: all, in order; none
@@ -135,7 +135,7 @@ def _where(s, ts, ok, last):
     for j in reversed(range(len(ok))): where[s[:,j]>=ts[j]] = ok[j]
     return where
 
-# %% ../nbs/10_inference.ipynb #37090685
+# %% ../nbs/10_inference.ipynb #5880af72
 def part_times(
     model:MultiExitModel, # A network with its heads built
     x:Tensor, # Images `(b,n_in,h,w)`, of the size and number as they will come
@@ -143,7 +143,7 @@ def part_times(
 ) -> pd.DataFrame: # Milliseconds for one image; columns `stage, head`, index `exit0 … main`
     "What each stage takes on the network's device, and each head with the question whether that is enough"
     model,steps = unwrap(model),[]
-    x = x.to(next(model.parameters()).device)
+    x = x.to(next(model.parameters()).device).as_subclass(Tensor)
     with evaluating(model):
         for i,(stage,head) in enumerate(model): steps += [partial(stage, x), partial(_ask, head, x := model._stage(i, x))]
         ms = [[_ms(f) for f in steps] for _ in range(rounds+3)][3:]            # three rounds to warm up
@@ -437,16 +437,18 @@ def exit_logits(self:Learner,
     if not gather.ys: raise ValueError("These batches have no targets, so nothing can be fitted or judged on them; pass a labelled `dl`, such as `dls.test_dl(items, with_labels=True)`")
     return torch.cat(gather.zs).cpu(),torch.cat(gather.ys).cpu()
 
-# %% ../nbs/10_inference.ipynb #b1da4b45
+# %% ../nbs/10_inference.ipynb #c9af733e
 def _measured_ms(policy, model, dl, rows, bs, n=256):
-    "Milliseconds for an image of `rows`, as it comes in batches of `bs`, mean of the first `n`"
+    "Milliseconds for an image of `rows`, as it comes in batches of `bs`, mean of the first `n`; and for the main network alone, in turns"
     xs,seen = [],0
     for b in dl.new(shuffle=False, drop_last=False):
         xs.append(b[0]); seen += len(b[0])
         if seen>=2*n: break
     x = torch.cat(xs)[rows[rows<seen][:n]]
-    policy(model, x[:bs])                     # warm up
-    return _ms(lambda: [policy(model, o) for o in x.split(bs)])/len(x)
+    closed,batches = ExitPolicy([math.inf]*(unwrap(model).n_exits-1)),x.split(bs)
+    for o in batches[:3]: policy(model, o), closed(model, o)               # warm up
+    times = np.array([[_ms(partial(p, model, o)) for p in (policy, closed)] for o in batches])
+    return dict(zip(('measured_ms', 'main_ms'), times.sum(0)/len(x)))
 
 # %% ../nbs/10_inference.ipynb #3a9ea7dd
 def _report(policy, z, y, parts, target, **more):
@@ -454,7 +456,7 @@ def _report(policy, z, y, parts, target, **more):
     r = policy_result(z, y, policy.thresholds, parts, policy.score)
     return dict(images=len(y), target=target, **more, **r, worse_at_most=worst_share(round(r['worse']*len(y)), len(y)))
 
-# %% ../nbs/10_inference.ipynb #fb0e4724
+# %% ../nbs/10_inference.ipynb #1c64c94e
 @patch
 def fit_policy(self:Learner,
     budget:float|None=None, # Mean cost of an image at most, as a share of the main network's multiply-adds (0.5: half)
@@ -482,7 +484,7 @@ def fit_policy(self:Learner,
     scaled = z[fit] if temps is None else z[fit]/torch.tensor(temps)[:,None]
     res = ExitPolicy(exit_thresholds(scaled, y[fit], parts, ifnone(budget, ms), drop, score, family), score, temps)
     target = next(o for o in (budget, ms, drop) if o is not None)
-    more = {} if ms is None else dict(measured_ms=_measured_ms(res, self.model, ifnone(report_dl, dl), rows, bs))
+    more = {} if ms is None else _measured_ms(res, self.model, ifnone(report_dl, dl), rows, bs)
     res.report = pd.DataFrame([_report(res, z[fit], y[fit], parts, target), _report(res, z2, y2, parts, target, **more)], index=['fitted','reported'])
     self.policy = res
     return res
