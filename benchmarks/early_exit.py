@@ -3,7 +3,7 @@
     python benchmarks/early_exit.py                      # all networks, batch 1 and 64: rows in results/early_exit.csv
     python benchmarks/early_exit.py --compaction         # what taking images out of a batch costs and saves: results/compaction.csv
 
-The variants take turns, round by round, after a warm-up; p50 and p95 are over the rounds. A ratio is the median of the rounds'
+The variants take turns, round by round, after a warm-up; p50 and p95 are over the rounds (p95 from 40 on). A ratio is the median of the rounds'
 own ratios, so that a machine that slows down for a while slows both sides. Time nothing else meanwhile. With `pip install earlyon==0.3`
 its wrapper is timed on the same backbone, heads and images.
 """
@@ -84,10 +84,10 @@ def rows(name, bs, rounds, device):
     vs = variants(model, x)
     ms = measure({k: f for k,(f,_) in vs.items()}, rounds)
     costs,k = part_macs(model, size),model.n_exits
-    alone = walk_costs(costs, [2.]*(k-1))[-1]
+    alone = alone_costs(costs)[-1]
     macs = {'all closed': alone, 'all open, none leaves': walk_costs(costs)[-1], 'half leave at exit0': (walk_costs(costs)[0]+walk_costs(costs)[-1])/2,
             **{f'all leave at exit{i}': walk_costs(costs)[i] for i in range(k-1)}}
-    return pd.DataFrame([dict(network=name, bs=bs, variant=v, p50=np.median(t), p95=np.quantile(t, .95), against=o, ratio=np.median(t/ms[o]) if o else None,
+    return pd.DataFrame([dict(network=name, bs=bs, variant=v, p50=np.median(t), p95=np.quantile(t, .95) if len(t)>=40 else None, against=o, ratio=np.median(t/ms[o]) if o else None,
                               time_share=np.median(t/ms['main network by hand']), macs_share=macs[v]/alone if v in macs else None) for v,t in ms.items() for o in [vs[v][1]]])
 
 # --- taking images out ------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def main(
     if threads: torch.set_num_threads(threads)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     file = Path(results or here/'results')/('compaction.csv' if compaction else 'early_exit.csv')
-    if file.exists(): file.unlink()
+    if file.exists(): (old := pd.read_csv(file))[~old.network.isin([network] if network else list(networks))].to_csv(file, index=False)
     for name in [network] if network else networks:
         for bs in ([64] if compaction else [1, 64]):
             n = rounds if bs==1 else max(rounds//10, 2)

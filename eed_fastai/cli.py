@@ -6,8 +6,8 @@
 __all__ = ['new_run_folder', 'run_facts', 'write_results', 'WriteHistory', 'eed_train', 'write_early', 'eed_eval', 'load_images',
            'eed_predict', 'eed_export']
 
-# %% ../nbs/13_cli.ipynb #18586f61
-import json, platform
+# %% ../nbs/13_cli.ipynb #af077959
+import hashlib, json, platform
 import fastai, torchvision
 from fastai.vision.all import *
 from fastcore.script import *
@@ -97,7 +97,13 @@ def _fit(learn, epochs, lr, pretrained, out):
     try: learn.fine_tune(epochs, lr) if pretrained else learn.fit_one_cycle(epochs, lr)
     finally: _save(learn, out)
 
-# %% ../nbs/13_cli.ipynb #4352fef8
+# %% ../nbs/13_cli.ipynb #d3c34354
+def _fingerprint(dls):
+    "Which images judge: a hash of their names, or of their pixels where they have none"
+    def one(o): return '/'.join(Path(o).parts[-2:]).encode() if isinstance(o, (str, Path)) else np.asarray(o[0]).tobytes()
+    return hashlib.sha1(b''.join(map(one, dls.valid_ds.items))).hexdigest()
+
+# %% ../nbs/13_cli.ipynb #c4f4adb4
 def _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained, fp16, skip_unreadable, out):
     options = dict(locals())
     if epochs<1: raise ValueError(f"`epochs` is {epochs}; train for one at least")
@@ -108,7 +114,9 @@ def _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained
     learn = multi_exit_learner(dls, make, pretrained=pretrained, metrics=accuracy, head=kw.head, cbs=EEDCallback(**kw))
     if fp16: learn.to_fp16()
     out = new_run_folder(out, f'{Path(data).name}-{arch}-{recipe}')
-    write_whole(out/'run.json', lambda p: p.write_text(json.dumps(run_facts(**options), indent=1, default=str)))
+    if Path(data).exists(): options['data'] = str(Path(data).resolve())
+    facts = dict(run_facts(**options), judged_by=_fingerprint(dls))
+    write_whole(out/'run.json', lambda p: p.write_text(json.dumps(facts, indent=1, default=str)))
     learn.path,learn.model_dir = out,'.'
     with learn.added_cbs(WriteHistory(out/'history.csv')): _fit(learn, epochs, lr, pretrained, out)
     return learn, write_results(learn, out)
@@ -145,7 +153,7 @@ def eed_train(
     print(f'\n{_percent(table)}\n\nmacs: multiply-adds for one image; share: of the main network\'s; ensemble: the mean of all exits\' logits')
     print(f'Wrote model.safetensors and config.json, history.csv, exits.csv, curve.png and run.json to {learn.path}')
 
-# %% ../nbs/13_cli.ipynb #847a98fe
+# %% ../nbs/13_cli.ipynb #e7a2a8af
 def _run_learner(run, data=None, bs=None):
     "The run's network in a Learner with the data that it was trained and judged with, or with other data of the same classes"
     run = Path(run)
@@ -154,12 +162,13 @@ def _run_learner(run, data=None, bs=None):
     o = json.loads(facts.read_text())['options']
     set_seed(o['seed'])
     dls = _data(data or o['data'], bs or o['bs'], o['size'], o['valid_pct'], o['seed'], o['skip_unreadable'])
+    if data is None and _fingerprint(dls)!=json.loads(facts.read_text()).get('judged_by'): raise ValueError(f"The images in {o['data']} have changed since {run}, so some that trained might now judge. Pass images that did not train as `--data`")
     if list(dls.vocab)!=model.config['classes']: raise ValueError(f"{data or o['data']} has the classes {', '.join(dls.vocab)}, but {run} was trained on {', '.join(model.config['classes'])}")
-    learn = Learner(dls, model, metrics=accuracy, cbs=EEDCallback(), path=run, model_dir='.')
+    learn = Learner(dls, model.to(ifnone(dls.device, default_device())), metrics=accuracy, cbs=EEDCallback(), path=run, model_dir='.')
     learn.policy = model.policy
     return learn
 
-# %% ../nbs/13_cli.ipynb #bf8dce07
+# %% ../nbs/13_cli.ipynb #f0b0128c
 def write_early(
     learn:Learner, # A Learner with a policy, see `fit_policy`
     out:Path, # A folder
@@ -168,10 +177,10 @@ def write_early(
     report = learn.policy.report.T.rename_axis('figure').reset_index()
     write_whole(out/'early.csv', partial(report.to_csv, index=False))
     z,y = learn.exit_logits()
-    half,macs = len(y)//2,part_macs(learn.model, learn.dls.valid.one_batch()[0].shape[-2:])
-    shares = macs/walk_costs(macs, [math.inf]*(len(macs)-1))[-1]
+    z,macs = learn.policy.scaled(z),part_macs(learn.model, learn.dls.valid.one_batch()[0].shape[-2:])
+    (fit,judge),shares = [(z[o],y[o]) for o in random_halves(len(y))],macs/alone_costs(macs)[-1]
     fig,ax = plt.subplots(figsize=(6,4), dpi=120)
-    plot_early(anytime_curve(z[half:], y[half:], shares), budgeted_curve((z[:half], y[:half]), (z[half:], y[half:]), shares), "share of the main network's multiply-adds", ax)
+    plot_early(anytime_curve(*judge, shares), budgeted_curve(fit, judge, shares), "share of the main network's multiply-adds", ax)
     ax.set_title(out.name)
     write_whole(out/'early.png', partial(fig.savefig, format='png', bbox_inches='tight'))
     plt.close(fig)
@@ -188,7 +197,7 @@ def _eval(run, budget, ms, drop, data, bs):
     write_policy(run, learn.policy, times)
     return learn,table,report
 
-# %% ../nbs/13_cli.ipynb #7397c5ae
+# %% ../nbs/13_cli.ipynb #7acefd44
 @call_parse
 def eed_eval(
     run:str, # Folder that eed_train wrote
@@ -204,7 +213,7 @@ def eed_eval(
     print(_percent(table))
     if report is None: return
     print(f'\nWith early exit (thresholds {", ".join("closed" if t>1 else f"{t:.4f}" for t in learn.policy.thresholds)}):\n{report.to_string(index=False, float_format="{:.4g}".format, na_rep="")}')
-    print(f'\nfitted and reported on different halves of the images; cost and target {"in milliseconds for an image" if ms else "as shares of the main network"}')
+    print(f'\nfitted and reported on different halves of the images; cost {"and target in milliseconds for an image" if ms else "as a share of the main network"}')
     print(f'Wrote the policy into config.json, and early.csv and early.png, in {run}')
 
 # %% ../nbs/13_cli.ipynb #a0002807

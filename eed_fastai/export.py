@@ -39,25 +39,37 @@ def find_arch(
     nets = _networks()
     return _by_name('network', name, {**nets['torchvision'], **nets['eed_fastai']})
 
-# %% ../nbs/12_export.ipynb #5a591b5d
+# %% ../nbs/12_export.ipynb #1416a3e1
 _heads = {o.__name__: o for o in (ExitHead, BottleneckHead, BEEDHead, PooledHead)}
 _scores = {o.__name__: o for o in (max_prob, margin, entropy, patience)}
+_of_weights = {'weights', 'weights_backbone', 'pretrained', 'progress'}          # where numbers come from, which here is the file
 _format,_version,_files = 'eed_fastai multi-exit network',1,('config.json', 'model.safetensors')
 
-# %% ../nbs/12_export.ipynb #9ff375c6
+# %% ../nbs/12_export.ipynb #08b3e224
 def _arch_words(made):
     "What `config.json` says of an architecture: source, name and keywords; an error if it cannot be found again by these"
     if made is None: raise ValueError("This network was made from a module, so its file cannot say how to make it again; pass `arch=`, the function (or timm name) that makes such a module, such as `partial(resnet18, num_classes=10)`")
-    if made['module']=='timm': return dict(source='timm', name=made['name'], kwargs=made['kwargs'])
+    kwargs = {k:v for k,v in made['kwargs'].items() if k not in _of_weights}
+    if bad := [k for k,v in kwargs.items() if not _is_small(v)]: raise ValueError(f"{made['name']} was made with {bad[0]}={kwargs[bad[0]]!r}, which a file cannot say; it can hold numbers, words and yes or no")
+    if made['module']=='timm': return dict(source='timm', name=made['name'], kwargs=kwargs)
     for source,table in _networks().items():
         f = table.get(made['name'])
-        if f is not None and f.__module__==made['module']: return dict(source=source, name=made['name'], kwargs=made['kwargs'])
+        if f is not None and f.__module__==made['module']: return dict(source=source, name=made['name'], kwargs=kwargs)
     raise ValueError(f"{made['module']}.{made['name']} is none of the networks that a file may name (torchvision's, timm's, fastai's xresnets, `eed_fastai.models`). Keep your own network with `torch.save(model.state_dict(), …)` and the code that makes it")
 
-# %% ../nbs/12_export.ipynb #0d36dab3
+# %% ../nbs/12_export.ipynb #813515e1
+def _timm_name(name):
+    "A name that timm knows, and no address"
+    try: import timm
+    except ImportError as e: raise ImportError(f"{name!r} is looked up in timm, which is not installed: pip install 'eed_fastai[timm]'") from e
+    if name.split('.')[0] not in timm.list_models(): raise ValueError(f"There is no network {name!r} in timm {timm.__version__}")
+    return name
+
+# %% ../nbs/12_export.ipynb #0ba63c48
 def _find_network(words):
     "The function that `words` name"
-    if words['source']=='timm': return words['name']
+    if banned := _of_weights & set(words['kwargs']): raise ValueError(f"config.json asks for {', '.join(banned)}, and nothing is downloaded here; it was altered")
+    if words['source']=='timm': return _timm_name(words['name'])
     f = _by_name('network', words['name'], _by_name('source of networks', words['source'], _networks()))
     unknown = set(words['kwargs']) - set(inspect.signature(f).parameters) if words['source']=='eed_fastai' else set()
     if unknown: raise ValueError(f"{words['name']} takes no {', '.join(sorted(unknown))}")
@@ -69,16 +81,19 @@ def _policy_words(policy):
     if _scores.get(policy.score.__name__) is not policy.score: raise ValueError(f"The score {policy.score.__name__!r} is a function of your own, and a file holds no code; use one of {', '.join(_scores)}")
     return dict(thresholds=[None if t>1 else float(t) for t in policy.thresholds], score=policy.score.__name__, temperatures=policy.temperatures and [float(t) for t in policy.temperatures])
 
-# %% ../nbs/12_export.ipynb #0d3b6902
+# %% ../nbs/12_export.ipynb #52bc660b
 def _costs_words(model, size, times):
     costs = {} if size is None else {'macs': part_macs(model, size).to_dict('list')}
-    return costs if times is None else costs | {'ms': times.to_dict('list'), 'hardware': hardware()}
+    return costs if times is None else costs | _times_words(times)
+
+# %% ../nbs/12_export.ipynb #5c00849d
+def _times_words(times): return {'ms': times.to_dict('list'), 'hardware': hardware(), 'images': times.attrs.get('images')}
 
 # %% ../nbs/12_export.ipynb #ad260e3f
 def _sha(data): return hashlib.sha256(data).hexdigest()
 def _digest(config): return _sha(json.dumps({k:v for k,v in config.items() if k!='digest'}, sort_keys=True).encode())
 
-# %% ../nbs/12_export.ipynb #66e0dad2
+# %% ../nbs/12_export.ipynb #8c5bdb98
 def save_multi_exit(
     model:MultiExitModel, # From `multi_exit`, with its heads built
     folder, # Where `config.json` and `model.safetensors` go; made if it is not there
@@ -90,7 +105,7 @@ def save_multi_exit(
     times:pd.DataFrame|None=None, # Milliseconds of the parts on this device, from `part_times`
 ) -> Path: # The folder
     "Write a network as numbers and words"
-    model,folder = unwrap(model),Path(folder)
+    model,folder = unwrap(model),Path(folder).resolve()
     model._check_built()
     if classes is not None and len(classes)!=model.n_out: raise ValueError(f"{len(classes)} names for {model.n_out} classes; `classes` needs one for each output")
     made = model.made or {}
@@ -119,12 +134,12 @@ def _write(model, folder, config, state):
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/12_export.ipynb #b742bc6f
+# %% ../nbs/12_export.ipynb #a7e5fe99
 def _compare(model, again):
     copy = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     with evaluating(copy), evaluating(again):
         x = probe_image(copy, copy.size)
-        same = torch.allclose(copy.all_exits(x).logits, again.to(x.dtype).all_exits(x).logits, rtol=1e-3, atol=1e-3)
+        same = torch.allclose(copy.all_exits(x).logits, again.to(x.dtype).all_exits(x).logits, rtol=1e-3, atol=1e-3, equal_nan=True)
     if not same: raise ValueError("Made again from its description, the network gives other answers, so nothing was written. Was `arch=` what made it? Parts replaced after `multi_exit` are not described")
 
 # %% ../nbs/12_export.ipynb #7ca460a9
@@ -139,8 +154,8 @@ def _is_policy(v):
     ok = isinstance(v, dict) and set(v)=={'thresholds','score','temperatures'} and v['score'] in _scores and isinstance(v['thresholds'], list)
     return ok and all(o is None or _is_numbers([o]) for o in v['thresholds']) and (v['temperatures'] is None or _is_numbers(v['temperatures'], len(v['thresholds'])+1) and min(v['temperatures'])>0)
 
-# %% ../nbs/12_export.ipynb #9f4a8fe7
-def _is_costs(v): return isinstance(v, dict) and set(v)<={'macs','ms','hardware'} and all(isinstance(v[o], dict) and set(v[o])=={'stage','head'} and all(map(_is_numbers, v[o].values())) for o in ('macs','ms') if o in v)
+# %% ../nbs/12_export.ipynb #7c5fd122
+def _is_costs(v): return isinstance(v, dict) and set(v)<={'macs','ms','hardware','images'} and all(isinstance(v[o], dict) and set(v[o])=={'stage','head'} and all(map(_is_numbers, v[o].values())) for o in ('macs','ms') if o in v)
 
 # %% ../nbs/12_export.ipynb #29aea5f8
 _fields = dict(format=lambda v: v==_format, version=_is_int(_version, _version), arch=lambda v: _is_call(v, ('source',)), head=lambda v: _is_call(v) and v['name'] in _heads, n_out=_is_int(1, 10**6), n_in=_is_int(1, 1024),
@@ -148,7 +163,7 @@ _fields = dict(format=lambda v: v==_format, version=_is_int(_version, _version),
                classes=_or_none(lambda v: isinstance(v, list) and all(isinstance(o, str) for o in v)), stats=_or_none(lambda v: isinstance(v, list) and len(v)==2 and all(map(_is_numbers, v))),
                image_size=_or_none(_is_int(1, 8192)), policy=_or_none(_is_policy), costs=_is_costs, eed_fastai=lambda v: isinstance(v, str), torch=lambda v: isinstance(v, str), sha256=lambda v: isinstance(v, str), digest=lambda v: isinstance(v, str))
 
-# %% ../nbs/12_export.ipynb #b00c6c79
+# %% ../nbs/12_export.ipynb #be1eb056
 def read_config(
     folder, # Where `save_multi_exit` wrote
 ) -> dict: # What `config.json` says
@@ -157,22 +172,28 @@ def read_config(
     if not file.is_file(): raise FileNotFoundError(f"There is no {file}; give a folder that `save_multi_exit` or `eed_train` wrote")
     if file.stat().st_size>2**22: raise ValueError(f"{file} has {file.stat().st_size:,} bytes; a description has a few thousand. It is not read")
     try: config = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{file} is no whole JSON file ({e}); it was cut short or altered. Copy it again") from e
+    except (ValueError, RecursionError) as e: raise ValueError(f"{file} is no whole JSON file ({e}); it was cut short or altered. Copy it again") from e
     _check_config(file, config)
     return config
 
-# %% ../nbs/12_export.ipynb #c1488b0a
+# %% ../nbs/12_export.ipynb #292cbcb6
+def _is_right(k, v):
+    try: return _fields[k](v)
+    except Exception: return False              # what a check cannot even look at is wrong
+
+# %% ../nbs/12_export.ipynb #bcf965b5
 def _check_config(file, config):
     if not isinstance(config, dict) or config.get('format')!=_format: raise ValueError(f"{file} does not describe a network of eed_fastai; give a folder that `save_multi_exit` or `eed_train` wrote")
     if config.get('version')!=_version: raise ValueError(f"{file} has version {config.get('version')!r} of the format, and this eed_fastai ({eed_fastai.__version__}) reads version {_version}; it was written by eed_fastai {config.get('eed_fastai')!r}, so install that one")
     if unknown := set(config) - set(_fields): raise ValueError(f"{file} names {', '.join(sorted(map(str, unknown)))}, which such a file does not have (the weights are always in model.safetensors beside it; nothing outside the folder is read). It was altered")
     if missing := set(_fields) - set(config): raise ValueError(f"{file} does not say {', '.join(sorted(missing))}; it was altered or cut short")
-    bad = [k for k,ok in _fields.items() if not ok(config[k])]
+    bad = [k for k in _fields if not _is_right(k, config[k])]
     if bad: raise ValueError(f"{file} says {bad[0]} = {str(config[bad[0]])[:80]!r}, which cannot be; it was altered")
+    if config['stats'] is not None and {len(o) for o in config['stats']}!={config['n_in']}: raise ValueError(f"{file} has means and deviations that do not fit {config['n_in']} channels; it was altered")
     if config['classes'] is not None and len(config['classes'])!=config['n_out']: raise ValueError(f"{file} has {len(config['classes'])} names for {config['n_out']} classes; it was altered")
     if _digest(config)!=config['digest']: raise ValueError(f"{file} was altered after it was written: its checksum does not fit. Save the network again with `save_multi_exit`")
 
-# %% ../nbs/12_export.ipynb #4beb46e8
+# %% ../nbs/12_export.ipynb #35095cfb
 def _read_weights(folder, config):
     "The weights by name, after everything that can be known of them without making a network"
     from safetensors import SafetensorError
@@ -181,38 +202,44 @@ def _read_weights(folder, config):
     if not file.is_file(): raise FileNotFoundError(f"There is no {file} beside config.json; copy the whole folder")
     data = file.read_bytes()
     if data[:2]==b'PK' or data[:1]==b'\x80': raise ValueError(f"{file} is no safetensors file but looks like a pickle (what `torch.save` writes), which can run code when it is opened. It was not opened; ask for safetensors")
-    try: state = load(data)
-    except SafetensorError as e: raise ValueError(f"{file} is no whole safetensors file ({e}); it was cut short or altered. Copy it again") from e
-    if _sha(data)!=config['sha256']: raise ValueError(f"{file} is not the file that config.json describes: its checksum does not fit. It was altered, or is of another network; copy both again")
-    return state
+    if _sha(data)!=config['sha256']: raise ValueError(f"{file} is not the file that config.json describes: its checksum does not fit. It was cut short or altered, or is of another network; copy both again")
+    try: return load(data)
+    except SafetensorError as e: raise ValueError(f"{file} is no safetensors file ({e}); it was altered") from e
 
-# %% ../nbs/12_export.ipynb #0c5b7e5d
+# %% ../nbs/12_export.ipynb #b389c483
 def _check_size(arch, config, state):
     "No network is made that has more weights than the file"
-    if isinstance(arch, str): return                # timm makes what it knows by that name
-    with torch.device('meta'): n = sum(p.numel() for p in arch().parameters() if p.ndim==4)
+    with torch.device('meta'): n = sum(p.numel() for p in (_create_timm(arch, False, config['n_in']) if isinstance(arch, str) else arch()).parameters() if p.ndim==4)
+    largest = max((s for v in state.values() for s in v.shape), default=0)
+    if any(type(v) is not int or not 0<v<=largest for v in config['head']['kwargs'].values()): raise ValueError(f"config.json describes heads of {config['head']['kwargs']}, which the weights in model.safetensors do not have; it was altered")
     held,last = sum(v.numel() for v in state.values()),[v.shape[0] for k,v in state.items() if k.startswith('heads.') and k.endswith('.bias')]
     if n>held: raise ValueError(f"config.json describes a network of {n:,} weights, but model.safetensors holds {held:,}; it was altered")
     if config['n_out'] not in last: raise ValueError(f"config.json says {config['n_out']:,} classes, but no head in model.safetensors has so many; it was altered")
 
-# %% ../nbs/12_export.ipynb #166f6047
+# %% ../nbs/12_export.ipynb #9f3a5bf5
 def load_multi_exit(
     folder, # Where `save_multi_exit` wrote
 ) -> MultiExitModel: # In eval mode, on the CPU; `config` is what the file says, `policy` when to stop (or None)
     "Read a network from numbers and words; nothing is downloaded, and no code from the files is run"
     config = read_config(folder)
     state,arch = _read_weights(folder, config),_find_network(config['arch'])
-    _check_size(arch, config, state)
-    head = partial(_heads[config['head']['name']], **config['head']['kwargs']) if config['head']['kwargs'] else _heads[config['head']['name']]
-    if config['kept']: arch = _create(arch, False, config['n_in']) if callable(arch) else _create_timm(arch, False, config['n_in'])
-    model = multi_exit(arch, None if config['kept'] else config['n_out'], n_in=config['n_in'], cuts=config['cuts'], head=head, size=config['size'])
-    try: model.load_state_dict(state)
-    except RuntimeError as e: raise ValueError(f"The weights in {folder} do not fit the network that config.json describes: {str(e)[:300]}") from e
+    try:
+        _check_size(arch, config, state)
+        model = _made_again(arch, config)
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, IndexError, KeyError) as e: raise ValueError(f"The weights in {folder} do not fit the network that config.json describes: {str(e)[:300]}") from e
     model.config,words = config,config['policy']
+    if words and len(words['thresholds'])!=model.n_exits-1: raise ValueError(f"config.json has {len(words['thresholds'])} thresholds for {model.n_exits} exits; it was altered")
     model.policy = words and ExitPolicy([math.inf if t is None else t for t in words['thresholds']], _scores[words['score']], words['temperatures'])
     return model.eval()
 
-# %% ../nbs/12_export.ipynb #3b5c5f6b
+# %% ../nbs/12_export.ipynb #67723b7c
+def _made_again(arch, config):
+    head,kw = _heads[config['head']['name']],config['head']['kwargs']
+    if config['kept']: arch = _create(arch, False, config['n_in']) if callable(arch) else _create_timm(arch, False, config['n_in'])
+    return multi_exit(arch, None if config['kept'] else config['n_out'], n_in=config['n_in'], cuts=config['cuts'], head=partial(head, **kw) if kw else head, size=config['size'])
+
+# %% ../nbs/12_export.ipynb #cfc52239
 def write_policy(
     folder, # Where `save_multi_exit` wrote
     policy:ExitPolicy|None, # When to stop
@@ -221,7 +248,7 @@ def write_policy(
     "Change when a saved network stops"
     config = read_config(folder)
     config['policy'] = _policy_words(policy)
-    if times is not None: config['costs'] |= {'ms': times.to_dict('list'), 'hardware': hardware()}
+    if times is not None: config['costs'] |= _times_words(times)
     config['digest'] = _digest(config)
     write_whole(Path(folder)/'config.json', lambda p: p.write_text(json.dumps(config, indent=1)))
 
@@ -233,7 +260,7 @@ def _to_onnx(module, x, file, outputs):
         warnings.simplefilter('ignore')
         torch.onnx.export(module, (x,), file, input_names=['x'], output_names=outputs, dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, external_data=False, verbose=False)
 
-# %% ../nbs/12_export.ipynb #4397b295
+# %% ../nbs/12_export.ipynb #b541254e
 def export_onnx(
     model:MultiExitModel, # A network with its heads built
     folder, # Where `stage0.onnx, head0.onnx, …`, `exits.json` and `runtime.py` go; made, it must not be there
@@ -245,20 +272,26 @@ def export_onnx(
     "Write a graph for each stage and each head, for any number of images, and a runtime that needs numpy and onnxruntime only"
     try: import onnx, onnxscript
     except ImportError as e: raise ImportError("Writing ONNX needs onnx and onnxscript: pip install 'eed_fastai[onnx]'") from e
-    model,folder,config = unwrap(model),Path(folder),getattr(model, 'config', None) or {}
+    model,folder = unwrap(model),Path(folder).resolve()
+    config = getattr(model, 'config', None) or {}
     model._check_built()
     policy = policy or getattr(model, 'policy', None) or ExitPolicy([math.inf]*(model.n_exits-1))
     words = dict(n_exits=model.n_exits, n_in=model.n_in, size=size, **_policy_words(policy), classes=classes and [*map(str, classes)] or config.get('classes'), stats=stats or config.get('stats'))
     if folder.exists(): raise FileExistsError(f"{folder} exists already; give the name of a folder that is to be made")
     tmp = folder.with_name(f'.{folder.name}.new')
     shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-    copy = deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
-    with evaluating(copy):
-        x = torch.randn(2, model.n_in, size, size)
-        for i,(stage,head) in enumerate(copy):
-            _to_onnx(stage, x, tmp/f'stage{i}.onnx', ['map'])
-            _to_onnx(LogitsOf(head), x := stage(x), tmp/f'head{i}.onnx', ['logits'])
-    (tmp/'exits.json').write_text(json.dumps(words, indent=1))
-    shutil.copy(Path(eed_fastai.__file__).parent/'runtime.py', tmp/'runtime.py')
-    tmp.rename(folder)
+    try:
+        _write_graphs(deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format), tmp, size)
+        (tmp/'exits.json').write_text(json.dumps(words, indent=1))
+        shutil.copy(Path(eed_fastai.__file__).parent/'runtime.py', tmp/'runtime.py')
+        tmp.rename(folder)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
+
+# %% ../nbs/12_export.ipynb #89446154
+def _write_graphs(model, folder, size):
+    with evaluating(model):
+        x = torch.randn(2, model.n_in, size, size)
+        for i,(stage,head) in enumerate(model):
+            _to_onnx(stage, x, folder/f'stage{i}.onnx', ['map'])
+            _to_onnx(LogitsOf(head), x := stage(x), folder/f'head{i}.onnx', ['logits'])

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['fixed_grid', 'max_prob', 'margin', 'entropy', 'patience', 'early_exit', 'exits_taken', 'part_times', 'walk_costs',
-           'fit_temperatures', 'ece', 'calibration_table', 'plot_reliability', 'one_threshold', 'share_thresholds',
-           'geometric_shares', 'policy_result', 'dear_exits', 'threshold_sweep', 'worst_share', 'exit_thresholds',
-           'anytime_curve', 'budgeted_curve', 'plot_early', 'ExitPolicy', 'EarlyExitModel']
+           'alone_costs', 'fit_temperatures', 'ece', 'calibration_table', 'plot_reliability', 'one_threshold',
+           'share_thresholds', 'geometric_shares', 'policy_result', 'dear_exits', 'threshold_sweep', 'worst_share',
+           'exit_thresholds', 'anytime_curve', 'budgeted_curve', 'plot_early', 'ExitPolicy', 'EarlyExitModel',
+           'random_halves']
 
-# %% ../nbs/10_inference.ipynb #586a638f
+# %% ../nbs/10_inference.ipynb #9d07396c
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fastai.vision.all import *
 from matplotlib.ticker import PercentFormatter
 from scipy.optimize import minimize_scalar
@@ -44,13 +45,14 @@ def entropy(
     logp = z[:,-1].log_softmax(-1)
     return (1 + (logp.exp()*logp).sum(-1)/math.log(z.shape[-1])).clamp(0, 1)
 
-# %% ../nbs/10_inference.ipynb #e6c53924
+# %% ../nbs/10_inference.ipynb #d8aeb1bc
 def patience(
     z:Tensor, # Logits so far `(b,i+1,n_out)`
 ) -> Tensor: # `(b,)`: 0, 1/2, 2/3, …
     "1 − 1/r for a run of r last exits that give the same class; thresholds of 1 − 1/(t+1) wait for t confirmations"
     y = z.argmax(-1)
-    return 1 - 1/(y==y[:,-1:]).flip(1).int().cumprod(1).sum(1)
+    r = (y==y[:,-1:]).flip(1).int().cumprod(1).sum(1)
+    return (r-1)/r                       # not 1-1/r, which rounds below a threshold of 1-1/3
 
 # %% ../nbs/10_inference.ipynb #ce12aca2
 def _thresholds_for(model, thresholds, temperatures):
@@ -59,7 +61,7 @@ def _thresholds_for(model, thresholds, temperatures):
     if temperatures is not None and len(temperatures)!=k: raise ValueError(f"{len(temperatures)} temperatures for {k} exits; give one for each of {', '.join(model.exit_names)}")
     return ts
 
-# %% ../nbs/10_inference.ipynb #c4b5cd6e
+# %% ../nbs/10_inference.ipynb #010e4fa5
 def early_exit(
     model:MultiExitModel, # A network with its heads built; it runs in eval mode, and its own modes come back
     x:Tensor, # Images `(b,n_in,h,w)` on the network's device
@@ -69,7 +71,8 @@ def early_exit(
     compact:float=1/16, # Take the finished out of the batch when they are at least this share of it (measured, see above)
 ) -> tuple: # Logits `(b,n_out)` and index of the exit `(b,)` of each image
     "Let each image leave at the first exit that is sure enough, and compute no more for it"
-    model,x = unwrap(model),x.as_subclass(Tensor)          # fastai's own kind of tensor takes a detour at every operation
+    if (model := unwrap(found := model)) is None: raise TypeError(f"{type(found).__name__} has no exits; put some on it with `multi_exit`")
+    x = x.as_subclass(Tensor)                              # fastai's own kind of tensor takes a detour at every operation
     model._check(x)
     thresholds,k,zs,left = _thresholds_for(model, thresholds, temperatures),model.n_exits,[],[]
     rows,gone,n_gone = None,None,0           # None: all, in order; none
@@ -77,7 +80,7 @@ def early_exit(
         for i,(_,head) in enumerate(model):
             x = model._stage(i, x)
             if i<k-1 and thresholds[i]>1: continue
-            zs.append(head(x)[0] if temperatures is None else head(x)[0]/temperatures[i])
+            zs.append(_answer(head, x, 1 if temperatures is None else temperatures[i]))
             go,b = _leaves(zs, score, thresholds[i]) if i<k-1 else None,len(x)      # None: all
             if gone is not None: go = ~gone if go is None else go & ~gone
             n = b if go is None else int(go.sum())
@@ -90,11 +93,20 @@ def early_exit(
                 x,rows,zs,gone,n_gone = x[keep],_at(rows, keep),[z[keep] for z in zs],None,0
     return _in_order(left)
 
-# %% ../nbs/10_inference.ipynb #6e04e3fe
+# %% ../nbs/10_inference.ipynb #a53dc23e
+def _answer(head, x, temperature):
+    "A head's logits, in float32 at least: probabilities near 1 are all the same in half precision"
+    z = head(x)[0]
+    return (z.float() if z.dtype in (torch.half, torch.bfloat16) else z)/temperature
+
+# %% ../nbs/10_inference.ipynb #a1508a72
 def _in_training(model):
-    "Would anything remember or be random? Asked at every answer, so batch norms are looked up once: walking through all modules takes as long as a small stage"
-    if '_norms' not in vars(model): model._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return model.training or any(m.training for ms in (model.stages, model.heads, model._norms) for m in ms)
+    "`any(m.training for m in model.modules())` in half the time, as it is asked at every answer"
+    todo = [model]
+    for m in todo:
+        if m.training: return True
+        todo += [o for o in m._modules.values() if o is not None]
+    return False
 
 # %% ../nbs/10_inference.ipynb #32e389c4
 def _leaves(zs, score, threshold):
@@ -135,19 +147,21 @@ def _where(s, ts, ok, last):
     for j in reversed(range(len(ok))): where[s[:,j]>=ts[j]] = ok[j]
     return where
 
-# %% ../nbs/10_inference.ipynb #5880af72
+# %% ../nbs/10_inference.ipynb #1f9b667a
 def part_times(
     model:MultiExitModel, # A network with its heads built
     x:Tensor, # Images `(b,n_in,h,w)`, of the size and number as they will come
     rounds:int=20, # Each part is timed so often, in turns; the median counts (20)
-) -> pd.DataFrame: # Milliseconds for one image; columns `stage, head`, index `exit0 … main`
+) -> pd.DataFrame: # Milliseconds for one image; columns `stage, head`, index `exit0 … main`; how many images came at once is in `attrs`
     "What each stage takes on the network's device, and each head with the question whether that is enough"
     model,steps = unwrap(model),[]
     x = x.to(next(model.parameters()).device).as_subclass(Tensor)
     with evaluating(model):
         for i,(stage,head) in enumerate(model): steps += [partial(stage, x), partial(_ask, head, x := model._stage(i, x))]
         ms = [[_ms(f) for f in steps] for _ in range(rounds+3)][3:]            # three rounds to warm up
-    return pd.DataFrame(np.median(ms, 0).reshape(-1, 2)/len(x), columns=['stage','head'], index=model.exit_names)
+    res = pd.DataFrame(np.median(ms, 0).reshape(-1, 2)/len(x), columns=['stage','head'], index=model.exit_names)
+    res.attrs['images'] = len(x)
+    return res
 
 # %% ../nbs/10_inference.ipynb #e649ea3d
 def _ask(head, x): return int((max_prob(head(x)[0][:,None])>=.5).sum())         # what asking a head takes, its score included
@@ -171,6 +185,13 @@ def walk_costs(
     is_open = np.array([True]*len(parts) if thresholds is None else [t<=1 for t in thresholds] + [True])
     return stage.cumsum() + (head*is_open).cumsum() + head*~is_open
 
+# %% ../nbs/10_inference.ipynb #27376b23
+def alone_costs(
+    parts:pd.DataFrame, # From `part_macs` or `part_times`
+) -> np.ndarray: # `(n_exits,)`, in the unit of `parts`
+    "What each exit costs as a network of its own, see `upto`; the last is the main network"
+    return (parts['stage'].cumsum() + parts['head']).to_numpy()
+
 # %% ../nbs/10_inference.ipynb #2a3fb5ca
 def fit_temperatures(
     z:Tensor, # Logits `(n,n_exits,n_out)` of images that did not train
@@ -191,12 +212,12 @@ def ece(
     except ImportError as e: raise ImportError("The calibration error is torchmetrics', which is not installed: pip install 'eed_fastai[bench]'") from e
     return multiclass_calibration_error(z.softmax(1), y, num_classes=z.shape[1], n_bins=15).item()
 
-# %% ../nbs/10_inference.ipynb #eb52f087
+# %% ../nbs/10_inference.ipynb #7ddd9c03
 def calibration_table(
     z:Tensor, # Logits `(n,n_exits,n_out)` of images that neither trained nor fitted the temperatures
     y:Tensor, # Classes `(n,)`
     temperatures:list, # One for each exit
-) -> pd.DataFrame: # Columns `exit, temperature, nll, nll_after, ece, ece_after`
+) -> pd.DataFrame: # Columns `exit, temperature, nll, ece, nll_after, ece_after`
     "Negative log-likelihood and calibration error of each exit, before and after"
     names = [f'exit{i}' for i in range(z.shape[1]-1)] + ['main']
     def both(o): return F.cross_entropy(o, y).item(),ece(o, y)
@@ -272,12 +293,12 @@ def _outcome(where, right, thresholds, parts):
     res = dict(cost=float(walk_costs(parts, thresholds) @ left.cpu().numpy()), accuracy=ours.float().mean().item(), main=main.float().mean().item(), worse=(main & ~ours).float().mean().item())
     return res | dict(zip([f'left_{o}' for o in parts.index], left.tolist()))
 
-# %% ../nbs/10_inference.ipynb #43a0cfc4
+# %% ../nbs/10_inference.ipynb #47b8665a
 def dear_exits(
     parts:pd.DataFrame, # From `part_macs` or `part_times`
 ) -> list: # Indices
     "Exits that alone cost at least what the main network does"
-    alone = (parts['stage'].cumsum() + parts['head']).values
+    alone = alone_costs(parts)
     return [i for i,c in enumerate(alone[:-1]) if c>=alone[-1]]
 
 # %% ../nbs/10_inference.ipynb #dc4f52b4
@@ -312,7 +333,7 @@ def worst_share(
     "Clopper & Pearson's upper limit of a share"
     return 1. if k>=n else float(beta_dist.ppf(confidence, k+1, n-k))
 
-# %% ../nbs/10_inference.ipynb #d3006806
+# %% ../nbs/10_inference.ipynb #b1056c96
 def exit_thresholds(
     z:Tensor, # Logits of all exits `(n,n_exits,n_out)` of images that did not train
     y:Tensor, # Classes `(n,)`
@@ -320,17 +341,27 @@ def exit_thresholds(
     budget:float|None=None, # Mean cost of an image at most, in the unit of `parts`
     drop:float|None=None, # Or: accuracy to lose at most against the main network (0.01: one percentage point)
     score:Callable=max_prob, # As for `early_exit`
-    family:Callable|None=None, # As for `threshold_sweep` (None: `one_threshold`; for `drop` on a grid that is fixed, since its limit holds only for settings that were named before the data were seen)
+    family:Callable|None=None, # As for `threshold_sweep` (None: `one_threshold`); not for `drop`, which has a grid that is fixed
     confidence:float=0.95, # With which `drop` holds
 ) -> list: # Thresholds, one for each exit but the last
     "The most accurate thresholds within a budget (of equally accurate ones the safest, which are the dearest), or the cheapest that surely lose no more than `drop`"
     if (budget is None)==(drop is None): raise ValueError(f"Give either a `budget` or a `drop`, and not both; found budget={budget}, drop={drop}")
-    if drop is not None: return _within_drop(threshold_sweep(z, y, parts, score, family or partial(one_threshold, grid=fixed_grid)), len(z), drop, confidence, walk_costs(parts, [math.inf]*(len(parts)-1))[-1])
-    ok,budget = _usable(parts),min(budget, walk_costs(parts, [math.inf]*(len(parts)-1))[-1])      # the main network alone is always to be had
+    if drop is not None and family is not None: raise ValueError("`drop` tries its own settings: its limit holds only for settings that were fixed before the data were seen, and this family may look at the scores. Leave `family` out")
+    if drop is not None: return _within_drop(threshold_sweep(z, y, parts, score, partial(one_threshold, grid=fixed_grid)), len(z), drop, confidence, alone_costs(parts)[-1])
+    return _best(_settings(z, y, parts, score, family or one_threshold), min(budget, alone_costs(parts)[-1])).thresholds      # the main network alone is always to be had
+
+# %% ../nbs/10_inference.ipynb #44ca3d88
+def _settings(z, y, parts, score, family):
+    "A family with every choice of open exits"
+    ok = _usable(parts)
     sets = [o for n in range(len(ok)+1) for o in itertools.combinations(ok, n)] if len(ok)<=6 else [(), ok]
-    df = pd.concat([threshold_sweep(z, y, parts, score, family or one_threshold, o) for o in sets])
+    return pd.concat([threshold_sweep(z, y, parts, score, family, o) for o in sets], ignore_index=True)
+
+# %% ../nbs/10_inference.ipynb #68dbeced
+def _best(df, budget):
+    "The row of the most accurate setting within a budget, of equally accurate ones the dearest"
     if not len(within := df[df.cost<=budget]): raise ValueError(f"A budget of {budget:.4g} is less than the cheapest setting costs, {df.cost.min():.4g}; raise it, or put an exit earlier")
-    return within.sort_values(['accuracy','cost'], ascending=False).thresholds.iloc[0]
+    return within.sort_values(['accuracy','cost'], ascending=False).iloc[0]
 
 # %% ../nbs/10_inference.ipynb #ec9f1adc
 def _within_drop(df, n, drop, confidence, alone):
@@ -338,7 +369,7 @@ def _within_drop(df, n, drop, confidence, alone):
     ok = list(itertools.takewhile(lambda r: worst_share(round(r.worse*n), n, confidence)<=drop, df.itertuples()))
     return ok[-1].thresholds if ok and ok[-1].cost<alone else [math.inf]*len(df.thresholds[0])
 
-# %% ../nbs/10_inference.ipynb #714dea8c
+# %% ../nbs/10_inference.ipynb #4c69af2f
 def anytime_curve(
     z:Tensor, # Logits `(n,n_exits,n_out)`
     y:Tensor, # Classes `(n,)`
@@ -347,10 +378,9 @@ def anytime_curve(
 ) -> pd.DataFrame: # Columns `exit, cost, accuracy, ensemble_cost, ensemble_accuracy`
     "Accuracy against cost if all images stop at the same exit, alone or as the ensemble up to it"
     def acc(o): return (o.argmax(-1)==y[:,None]).float().mean(0).tolist()
-    alone = (parts['stage'].cumsum() + parts['head']).values
-    return pd.DataFrame(dict(exit=parts.index, cost=alone, accuracy=acc(z), ensemble_cost=walk_costs(parts), ensemble_accuracy=acc(prefix_ensembles(z, how))))
+    return pd.DataFrame(dict(exit=parts.index, cost=alone_costs(parts), accuracy=acc(z), ensemble_cost=walk_costs(parts), ensemble_accuracy=acc(prefix_ensembles(z, how))))
 
-# %% ../nbs/10_inference.ipynb #8e030edc
+# %% ../nbs/10_inference.ipynb #ec1e83e7
 def budgeted_curve(
     fit:tuple, # Logits `(m,n_exits,n_out)` and classes `(m,)` that choose the thresholds
     report:tuple, # Logits `(n,n_exits,n_out)` and classes `(n,)` of other images, that judge
@@ -359,11 +389,10 @@ def budgeted_curve(
     family:Callable=one_threshold, # As for `threshold_sweep`
     n:int=20, # Points
 ) -> pd.DataFrame: # A row for each target: `target`, `thresholds`, and what `policy_result` says of the images that judge
-    "Accuracy against cost with thresholds"
-    sweep = threshold_sweep(*fit, parts, score, family)
-    targets,rows = np.linspace(sweep.cost.min(), sweep.cost.max(), n),[]
-    for t in targets:
-        ts = sweep[sweep.cost<=t].sort_values('cost').thresholds.iloc[-1]                 # spends the budget
+    "Accuracy against cost with the thresholds that `exit_thresholds` gives for each budget"
+    df,rows = _settings(*fit, parts, score, family),[]
+    for t in np.linspace(df.cost.min(), alone_costs(parts)[-1], n):
+        ts = _best(df, t).thresholds
         rows.append(dict(target=t, thresholds=ts, **policy_result(*report, ts, parts, score)))
     return pd.DataFrame(rows)
 
@@ -384,14 +413,15 @@ def plot_early(
     ax.set(xlabel=f'{unit}, mean of all images', ylabel='accuracy'); ax.legend(fontsize=8); ax.grid(alpha=.3)
     return ax
 
-# %% ../nbs/10_inference.ipynb #c5bd57e9
+# %% ../nbs/10_inference.ipynb #b7215851
 @dataclass
 class ExitPolicy:
     "When to stop. Called with a network and images `(b,n_in,h,w)`: logits `(b,n_out)` and index of the exit `(b,)`, see `early_exit`"
     thresholds:list # One for each exit but the last; above 1 closes the exit
     score:Callable=max_prob # Logits of the open exits so far `(b,i+1,n_out)` to `(b,)`
     temperatures:list|None=None # One for each exit (None: none)
-    report:pd.DataFrame|None=None # How it was fitted, and what came of it on other images
+    report:pd.DataFrame|None=field(default=None, compare=False, repr=False) # How it was fitted, and what came of it on other images
+    def scaled(self, z): return z if self.temperatures is None else z/z.new_tensor(self.temperatures)[:,None]     # logits `(n,n_exits,n_out)`
     def __call__(self, model, x): return early_exit(model, x, self.thresholds, self.score, self.temperatures)
 
 # %% ../nbs/10_inference.ipynb #9309cddc
@@ -411,17 +441,17 @@ class _TakenExits(Callback):
     def before_validate(self): self.taken = []
     def after_pred(self): self.taken.append(self.learn.model.exit_idx.cpu())
 
-# %% ../nbs/10_inference.ipynb #e54f1250
+# %% ../nbs/10_inference.ipynb #941717ca
 @patch
 def predict_early(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
     dl:DataLoader|None=None, # Batches to predict
-    policy:ExitPolicy|None=None, # When to stop (None: what `fit_policy` found)
+    policy:ExitPolicy|None=None, # When to stop (None: what `fit_policy` found, or came with a network that was loaded)
 ) -> tuple: # Probabilities `(n,n_out)`, targets `(n,)` or None, and index of the exit `(n,)`, in the order of the data set
     "Predict with early exit"
     if (policy := ifnone(policy, getattr(self, 'policy', None))) is None: raise ValueError("There is no policy that says when to stop; call `learn.fit_policy(budget=0.5)` first, or pass `policy=ExitPolicy([…])`")
     taken,dl = _TakenExits(),ifnone(dl, self.dls[ds_idx]).new(shuffle=False, drop_last=False)
-    with self.removed_cbs(self.cbs.filter(risinstance(EEDCallback))), _replaced(self, 'model', EarlyExitModel(self.model, policy)):
+    with self.removed_cbs(self.cbs.filter(risinstance((EEDCallback, EnsemblePreds)))), _replaced(self, 'metrics', L()), _replaced(self, 'model', EarlyExitModel(self.model, policy)):
         z,y = self.get_preds(dl=dl, reorder=False, act=noop, cbs=taken)
     return z.float().softmax(-1),y,torch.cat(taken.taken)
 
@@ -437,26 +467,33 @@ def exit_logits(self:Learner,
     if not gather.ys: raise ValueError("These batches have no targets, so nothing can be fitted or judged on them; pass a labelled `dl`, such as `dls.test_dl(items, with_labels=True)`")
     return torch.cat(gather.zs).cpu(),torch.cat(gather.ys).cpu()
 
-# %% ../nbs/10_inference.ipynb #c9af733e
+# %% ../nbs/10_inference.ipynb #db3346d3
+def random_halves(
+    n:int, # Images
+    seed:int=0, # Seed of the split
+) -> tuple: # Indices of one half and of the other, in order
+    "Who fits, and who judges"
+    return tuple(o.sort().values for o in torch.randperm(n, generator=torch.Generator().manual_seed(seed)).chunk(2))
+
+# %% ../nbs/10_inference.ipynb #113f6c10
 def _measured_ms(policy, model, dl, rows, bs, n=256):
     "Milliseconds for an image of `rows`, as it comes in batches of `bs`, mean of the first `n`; and for the main network alone, in turns"
     xs,seen = [],0
     for b in dl.new(shuffle=False, drop_last=False):
         xs.append(b[0]); seen += len(b[0])
         if seen>=2*n: break
-    x = torch.cat(xs)[rows[rows<seen][:n]]
+    x = torch.cat(xs)[rows[rows<seen][:n]].to(next(model.parameters()).device)
     closed,batches = ExitPolicy([math.inf]*(unwrap(model).n_exits-1)),x.split(bs)
     for o in batches[:3]: policy(model, o), closed(model, o)               # warm up
     times = np.array([[_ms(partial(p, model, o)) for p in (policy, closed)] for o in batches])
     return dict(zip(('measured_ms', 'main_ms'), times.sum(0)/len(x)))
 
-# %% ../nbs/10_inference.ipynb #3a9ea7dd
+# %% ../nbs/10_inference.ipynb #a2132fc9
 def _report(policy, z, y, parts, target, **more):
-    z = z if policy.temperatures is None else z/torch.tensor(policy.temperatures)[:,None]
-    r = policy_result(z, y, policy.thresholds, parts, policy.score)
-    return dict(images=len(y), target=target, **more, **r, worse_at_most=worst_share(round(r['worse']*len(y)), len(y)))
+    r = policy_result(policy.scaled(z), y, policy.thresholds, parts, policy.score)
+    return dict(images=len(y), target=target, **r, worse_at_most=worst_share(round(r['worse']*len(y)), len(y)), **more)
 
-# %% ../nbs/10_inference.ipynb #1c64c94e
+# %% ../nbs/10_inference.ipynb #7a018bc4
 @patch
 def fit_policy(self:Learner,
     budget:float|None=None, # Mean cost of an image at most, as a share of the main network's multiply-adds (0.5: half)
@@ -472,20 +509,22 @@ def fit_policy(self:Learner,
 ) -> ExitPolicy: # Also kept as `learn.policy`; its `report` has the target and what came of it, costs as shares of the main network's, or in milliseconds
     "Find out when to stop, for a budget or for a loss of accuracy"
     if sum(o is not None for o in (budget, ms, drop))!=1: raise ValueError(f"Give one of `budget`, `ms` and `drop`; found budget={budget}, ms={ms}, drop={drop}")
+    if drop is not None and calibrate: raise ValueError("`drop` does not go with `calibrate=True`: its limit holds for scores that are fixed before the data are seen, and temperatures would be fitted to them")
     dl = ifnone(dl, self.dls.valid)
     z,y = self.exit_logits(dl)
-    halves = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).chunk(2)
-    fit,rows = (halves[0].sort().values,halves[1].sort().values) if report_dl is None else (slice(None),torch.arange(len(report_dl.dataset)))
+    fit,rows = random_halves(len(y), seed) if report_dl is None else (slice(None),torch.arange(len(report_dl.dataset)))
     z2,y2 = (z[rows],y[rows]) if report_dl is None else self.exit_logits(report_dl)
     x = dl.one_batch()[0][:bs]
+    if ms is not None and len(x)<bs: raise ValueError(f"`bs` is {bs}, but a batch of the data has {len(x)} images; pass a `dl` with larger batches, such as `dls.valid.new(bs={bs})`")
     parts = part_macs(self.model, x.shape[-2:]) if ms is None else part_times(self.model, x)
-    if ms is None: parts = parts/walk_costs(parts, [math.inf]*(len(parts)-1))[-1]       # shares of the main network's
+    if ms is None: parts = parts/alone_costs(parts)[-1]       # shares of the main network's
     temps = fit_temperatures(z[fit], y[fit]) if ifnone(calibrate, drop is None) else None
-    scaled = z[fit] if temps is None else z[fit]/torch.tensor(temps)[:,None]
-    res = ExitPolicy(exit_thresholds(scaled, y[fit], parts, ifnone(budget, ms), drop, score, family), score, temps)
+    res = ExitPolicy(None, score, temps)
+    res.thresholds = exit_thresholds(res.scaled(z[fit]), y[fit], parts, ifnone(budget, ms), drop, score, family)
     target = next(o for o in (budget, ms, drop) if o is not None)
     more = {} if ms is None else _measured_ms(res, self.model, ifnone(report_dl, dl), rows, bs)
-    res.report = pd.DataFrame([_report(res, z[fit], y[fit], parts, target), _report(res, z2, y2, parts, target, **more)], index=['fitted','reported'])
+    seen = {} if drop is not None else dict(worse_at_most=None)               # of images that were chosen by, a limit says nothing
+    res.report = pd.DataFrame([{**_report(res, z[fit], y[fit], parts, target), **seen}, _report(res, z2, y2, parts, target, **more)], index=['fitted','reported'])
     self.policy = res
     return res
 

@@ -28,10 +28,11 @@ def entropy(z):
     p = softmax(z[:,-1])
     return np.clip(1 + (p*np.log(p.clip(1e-30))).sum(-1)/np.log(z.shape[-1]), 0, 1)
 
-# %% ../nbs/14_runtime.ipynb #6446f4d0
+# %% ../nbs/14_runtime.ipynb #5a0e4a64
 def patience(z):
     y = z.argmax(-1)
-    return 1 - 1/(y==y[:,-1:])[:,::-1].cumprod(1).sum(1)
+    r = (y==y[:,-1:])[:,::-1].cumprod(1).sum(1)
+    return ((r-1)/r).astype(np.float32)         # as PyTorch rounds it
 
 # %% ../nbs/14_runtime.ipynb #89ec31e7
 scores = {f.__name__: f for f in (max_prob, margin, entropy, patience)}

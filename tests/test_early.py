@@ -87,6 +87,14 @@ def test_skipped_work_is_not_done():
     n.clear(); early_exit(model, x, [1., 2., 1.], score, compact=.5)                  # a quarter is gone, but half would be needed
     assert n['stage1']==n['head3']==32
 
+def test_half_precision_keeps_the_policy():
+    "In bfloat16 all probabilities above 0.998 are 1; scores are taken in float32"
+    model,x = network(torch.bfloat16),images(64, torch.bfloat16)
+    model.heads[0].fc.weight.data *= 200
+    with torch.no_grad(): z = model.all_exits(x).logits
+    idx = early_exit(model, x, [.9999, 2., 2.])[1]
+    assert torch.equal(idx, exits_taken(z.float(), [.9999, 2., 2.])) and 0<(idx==0).sum()<64
+
 @pytest.mark.parametrize('bad,said', [(dict(thresholds=[.5]), 'needs 3 numbers'), (dict(thresholds=[.5,math.nan,.5]), 'needs 3 numbers'), (dict(thresholds=[.5]*3, temperatures=[1.]), 'temperatures'),
                                       (dict(thresholds=[.5]*3, score=lambda z: z.mean()), 'one number for each image')])
 def test_bad_input(bad, said):
@@ -183,7 +191,7 @@ def test_fit_and_predict(trained, kw):
     policy = trained.fit_policy(**kw)
     p,y,idx = trained.predict_early()
     z,targs = trained.exit_logits()
-    if policy.temperatures: z = z/torch.tensor(policy.temperatures)[:,None]
+    z = policy.scaled(z)
     where = exits_taken(z, policy.thresholds, policy.score)
     assert (idx==where).float().mean()>.98 and torch.equal(y, targs)         # float32: a score may lie on its threshold
     same = idx==where
@@ -200,6 +208,12 @@ def test_the_learner_is_left_alone(trained):
     before = trained.validate()
     trained.predict_early(policy=ExitPolicy([.5]*3))
     assert np.allclose(before, trained.validate())
+
+def test_own_metrics_and_an_ensemble_do_not_mind():
+    learn = make_learner([EEDCallback(), EnsemblePreds()], metrics=[accuracy, EnsembleMetric(accuracy, 'mine')])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    p,y,idx = learn.predict_early(policy=ExitPolicy([.3]*3))
+    assert len(p)==len(idx)==len(y) and [m.name for m in learn.metrics].count('mine')==1 and learn._grab_cbs(EnsemblePreds)
 
 def test_a_policy_goes_with_an_exported_learner(trained, tmp_path):
     trained.policy = ExitPolicy([.5]*3)

@@ -27,3 +27,17 @@ def test_memory_loader_stays_on_the_gpu():
     dls = array_dls((x, y), (x, y), vocab=['a','b'], bs=8, device='cuda')
     xb,yb = dls.one_batch()
     assert xb.is_cuda and yb.is_cuda and dls.train_ds.tensors[0].is_cuda
+
+def test_early_exit_on_the_gpu():
+    for dtype,fmt in ((torch.float64, torch.contiguous_format), (torch.float16, torch.channels_last)):
+        model = multi_exit(tiny_resnet, 5).eval().to('cuda', dtype, memory_format=fmt)
+        x = torch.randn(65, 3, 16, 16, device='cuda', dtype=dtype).contiguous(memory_format=fmt)
+        with torch.no_grad(): z = model.all_exits(x).logits
+        ts = [max_prob(z[:,:i+1].double()).median().item() for i in range(3)]
+        for thresholds in (ts, [2., *ts[1:]], [0.]*3, [2.]*3):
+            out,idx = early_exit(model, x, thresholds, score=lambda z: max_prob(z.double()))
+            where = exits_taken(z.double(), thresholds)
+            assert out.is_cuda and idx.is_cuda and (idx==where).float().mean() > (.9 if dtype==torch.float16 else .999)
+            same = idx==where
+            assert torch.allclose(out[same], z[range(65),where][same], atol=2e-2 if dtype==torch.float16 else 1e-9)
+    assert (part_times(model, x[:2], rounds=2)>0).values.all()
