@@ -10,26 +10,42 @@ import json
 from pathlib import Path
 import numpy as np
 
-# %% ../nbs/14_runtime.ipynb #fc50382c
-def softmax(z):
+# %% ../nbs/14_runtime.ipynb #0b2fc0a6
+def softmax(
+    z:np.ndarray, # Logits `(…,n_out)`
+) -> np.ndarray: # Probabilities, of the same shape
+    "Probabilities of logits"
     e = np.exp(z - z.max(-1, keepdims=True))
     return e/e.sum(-1, keepdims=True)
 
-# %% ../nbs/14_runtime.ipynb #12b27f97
-def max_prob(z): return softmax(z[:,-1]).max(-1)
+# %% ../nbs/14_runtime.ipynb #9a03776d
+def max_prob(
+    z:np.ndarray, # Logits so far `(b,i+1,n_out)`
+) -> np.ndarray: # `(b,)`, 0…1
+    "Probability of the likeliest class"
+    return softmax(z[:,-1]).max(-1)
 
-# %% ../nbs/14_runtime.ipynb #12460eaa
-def margin(z):
+# %% ../nbs/14_runtime.ipynb #f601a17d
+def margin(
+    z:np.ndarray, # Logits so far `(b,i+1,n_out)`
+) -> np.ndarray: # `(b,)`, 0…1
+    "Probability of the likeliest class less that of the second"
     p = np.sort(softmax(z[:,-1]), -1)
     return p[:,-1]-p[:,-2]
 
-# %% ../nbs/14_runtime.ipynb #6317f989
-def entropy(z):
+# %% ../nbs/14_runtime.ipynb #43b3fa16
+def entropy(
+    z:np.ndarray, # Logits so far `(b,i+1,n_out)`
+) -> np.ndarray: # `(b,)`, 0…1
+    "One less the entropy as a share of log n_out"
     p = softmax(z[:,-1])
     return np.clip(1 + (p*np.log(p.clip(1e-30))).sum(-1)/np.log(z.shape[-1]), 0, 1)
 
-# %% ../nbs/14_runtime.ipynb #5a0e4a64
-def patience(z):
+# %% ../nbs/14_runtime.ipynb #a1d85d1d
+def patience(
+    z:np.ndarray, # Logits so far `(b,i+1,n_out)`
+) -> np.ndarray: # `(b,)`, 0…1
+    "1 − 1/r for a run of r last exits that give the same class"
     y = z.argmax(-1)
     r = (y==y[:,-1:])[:,::-1].cumprod(1).sum(1)
     return ((r-1)/r).astype(np.float32)         # as PyTorch rounds it
@@ -37,10 +53,13 @@ def patience(z):
 # %% ../nbs/14_runtime.ipynb #89ec31e7
 scores = {f.__name__: f for f in (max_prob, margin, entropy, patience)}
 
-# %% ../nbs/14_runtime.ipynb #25d458af
+# %% ../nbs/14_runtime.ipynb #d00ac19f
 class OnnxExits:
     "Stages and heads as ONNX graphs, run one after the other until every image has left"
-    def __init__(self, folder, providers=('CPUExecutionProvider',)):
+    def __init__(self,
+        folder, # That `export_onnx` wrote
+        providers:tuple=('CPUExecutionProvider',), # Of onnxruntime
+    ):
         import onnxruntime
         folder = Path(folder)
         words = json.loads((folder/'exits.json').read_text())
