@@ -9,9 +9,8 @@ __all__ = ['fixed_grid', 'max_prob', 'margin', 'entropy', 'patience', 'early_exi
            'exit_thresholds', 'anytime_curve', 'budgeted_curve', 'plot_early', 'ExitPolicy', 'EarlyExitModel',
            'random_halves']
 
-# %% ../nbs/10_inference.ipynb #9d07396c
+# %% ../nbs/10_inference.ipynb #715aa3dd
 import warnings
-from dataclasses import dataclass, field
 from fastai.vision.all import *
 from matplotlib.ticker import PercentFormatter
 from scipy.optimize import minimize_scalar
@@ -413,14 +412,17 @@ def plot_early(
     ax.set(xlabel=f'{unit}, mean of all images', ylabel='accuracy'); ax.legend(fontsize=8); ax.grid(alpha=.3)
     return ax
 
-# %% ../nbs/10_inference.ipynb #b7215851
-@dataclass
+# %% ../nbs/10_inference.ipynb #50b214e4
 class ExitPolicy:
     "When to stop. Called with a network and images `(b,n_in,h,w)`: logits `(b,n_out)` and index of the exit `(b,)`, see `early_exit`"
-    thresholds:list # One for each exit but the last; above 1 closes the exit
-    score:Callable=max_prob # Logits of the open exits so far `(b,i+1,n_out)` to `(b,)`
-    temperatures:list|None=None # One for each exit (None: none)
-    report:pd.DataFrame|None=field(default=None, compare=False, repr=False) # How it was fitted, and what came of it on other images
+    def __init__(self,
+        thresholds:list, # One for each exit but the last; above 1 closes the exit
+        score:Callable=max_prob, # Logits of the open exits so far `(b,i+1,n_out)` to `(b,)`
+        temperatures:list|None=None, # One for each exit (None: none)
+        report:pd.DataFrame|None=None, # How it was fitted, and what came of it on other images
+    ): self.thresholds,self.score,self.temperatures,self.report = thresholds,score,temperatures,report
+    def __eq__(self, o): return isinstance(o, ExitPolicy) and (self.thresholds, self.score, self.temperatures)==(o.thresholds, o.score, o.temperatures)
+    __repr__ = basic_repr('thresholds,score,temperatures')
     def scaled(self, z): return z if self.temperatures is None else z/z.new_tensor(self.temperatures)[:,None]     # logits `(n,n_exits,n_out)`
     def __call__(self, model, x): return early_exit(model, x, self.thresholds, self.score, self.temperatures)
 
