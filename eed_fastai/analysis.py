@@ -16,6 +16,7 @@ from fastai.vision.all import *
 from scipy.stats import t as student
 from .data import *
 from .stages import evaluating
+from .exits import ExitHead
 from .model import *
 from .teachers import *
 from .callback import *
@@ -167,7 +168,7 @@ def compare(
     table,file = names if isinstance(names, dict) else {o: _recipe_named(o) for o in names},None if file is None else Path(file)
     network,rows = arch if isinstance(arch, str) else getattr(getattr(arch, 'func', arch), '__name__', type(arch).__name__),[]
     for seed,(name,recipe) in itertools.product(range(seeds) if isinstance(seeds, int) else seeds, table.items()):
-        run = f"{dataset}-{network}-{name}-{epochs}-s{seed}-{_settings(arch=arch, recipe=dict(recipe), head=recipe.head, lr=lr, bs=dls.train.bs, n=len(dls.train_ds), fit=fit, **kwargs)}"
+        run = f"{dataset}-{network}-{name}-{epochs}-s{seed}-{_settings(arch=arch, recipe=dict(recipe), head=recipe.head or ExitHead, lr=lr, bs=dls.train.bs, n=len(dls.train_ds), fit=fit, **kwargs)}"
         if (row := _kept(file, run)) is not None: rows.append(row); continue
         scores,seconds,curve = _run(dls, arch, recipe, seed, ifnone(fit, partial(_one_cycle, epochs=epochs, lr=lr)), kwargs)
         rows.append(dict(dataset=dataset, network=network, width=getattr(arch, 'keywords', {}).get('width'), recipe=name, protocol='valid', epochs=epochs, seed=seed, commit=checkout(), hardware=hardware(), torch=torch.__version__, seconds=round(seconds, 2),

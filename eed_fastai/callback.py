@@ -365,7 +365,7 @@ class Recipe(dict):
     def __init__(self,
         source:str, # Where the numbers stand
         status:str='paper', # How sure it is: paper, code or reconstruction
-        head:Callable=ExitHead, # The exits with which it was run, for `multi_exit(head=…)`
+        head:Callable|None=None, # The exits with which it was run, for `multi_exit(head=…)` (None: EED's, or what cost decides)
         label:str|None=None, # What tables and plots call it (None: its name)
         **kw # Keywords of `EEDCallback`
     ):
@@ -428,20 +428,22 @@ recipes |= {
 @patch
 @delegates(EEDCallback)
 def to_eed(self:Learner,
-    cuts:list|None=None, # Where stages begin (None: where the map's side changes)
-    head:Callable=ExitHead, # Makes a head from `(ni, widths, n_out)`
-    size:int=64, # Side of the image on which the network is tried, in pixels
+    cuts:list|None=None, # Where stages begin, as in `multi_exit`
+    head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: as in `multi_exit`)
+    size:int|None=None, # Side of the image on which the network is tried, in pixels (None: `probe_size`)
+    n_exits:int|None=None, # So many exits, the main network's among them (None: one after each stage)
     **kwargs
 ):
     "Put exits on the Learner's network and train them by Exit-Ensemble Distillation; the network's own answers do not change"
-    cb = EEDCallback(**kwargs)
-    if unwrap(self.model) is not None and not (cuts is None and head is ExitHead):
-        raise ValueError("This Learner's network has exits already, so `cuts` and `head` can change nothing; leave them out, or start from the network without exits")
-    if unwrap(self.model) is None:
-        old = self.model,self.splitter,self.opt
-        self.model,self.opt = multi_exit(self.model, cuts=cuts, head=head, size=size),None
-        for p in self.model.parameters(): p.grad = None         # a new optimizer would apply weight decay to frozen parameters that have one
-        if self.splitter is not trainable_params: self.splitter = exit_splitter
-        try: return self.add_cb(cb)
-        except Exception: self.model,self.splitter,self.opt = old; raise
-    return self.add_cb(cb)
+    cb,where = EEDCallback(**kwargs),dict(cuts=cuts, head=head, size=size, n_exits=n_exits)
+    if unwrap(self.model) is not None:
+        if any(o is not None for o in where.values()): raise ValueError("This Learner's network has exits already, so `cuts`, `head`, `size` and `n_exits` can change nothing; leave them out, or start from the network without exits")
+        return self.add_cb(cb)
+    old = {o: getattr(self, o) for o in ('model','splitter','opt','train_bn')}
+    self.model,self.splitter,self.opt,self.train_bn = multi_exit(self.model, **where),exit_splitter,None,False
+    for p in self.model.parameters(): p.grad = None         # a new optimizer would apply weight decay to frozen parameters that have one
+    try: self.add_cb(cb)
+    except Exception:
+        for k,v in old.items(): setattr(self, k, v)
+        raise
+    return self if self._grab_cbs(BnFreeze) else self.add_cb(BnFreeze())

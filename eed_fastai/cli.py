@@ -45,7 +45,7 @@ def run_facts(
 
 # %% ../nbs/13_cli.ipynb #7b592bf4
 def _percent(df):
-    return df.to_string(index=False, formatters=dict(accuracy='{:.2%}'.format, share='{:.1%}'.format, macs='{:,.0f}'.format, params='{:,.0f}'.format))
+    return df.to_string(index=False, formatters=dict(accuracy='{:.2%}'.format, share='{:.1%}'.format, macs='{:,.0f}'.format, params='{:,.0f}'.format, activation_mb='{:.2f}'.format))
 
 # %% ../nbs/13_cli.ipynb #eb4805ba
 def write_results(
@@ -104,16 +104,16 @@ def _fingerprint(dls):
     return hashlib.sha1(b''.join(map(one, dls.valid_ds.items))).hexdigest()
 
 # %% ../nbs/13_cli.ipynb #c4f4adb4
-def _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained, fp16, skip_unreadable, out):
+def _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained, n_exits, fp16, skip_unreadable, out):
     options = dict(locals())
     if epochs<1: raise ValueError(f"`epochs` is {epochs}; train for one at least")
     if fp16 and not torch.cuda.is_available(): raise ValueError("--fp16 needs a GPU, and there is none here; leave it out")
     make,kw = find_arch(arch),_by_name('recipe', recipe, {k:v for k,v in recipes.items() if v.get('teacher') is not ExternalTeacher})
     set_seed(seed)
     dls = _data(data, bs, size, valid_pct, seed, skip_unreadable)
-    learn = multi_exit_learner(dls, make, pretrained=pretrained, metrics=accuracy, head=kw.head, cbs=EEDCallback(**kw))
+    learn = multi_exit_learner(dls, make, pretrained=pretrained, metrics=accuracy, head=kw.head, n_exits=n_exits, cbs=EEDCallback(**kw))
     if fp16: learn.to_fp16()
-    out = new_run_folder(out, f'{Path(data).name}-{arch}-{recipe}')
+    out = new_run_folder(out, f"{Path(data).name}-{arch.replace('/', '-')}-{recipe}")
     if Path(data).exists(): options['data'] = str(Path(data).resolve())
     facts = dict(run_facts(**options), judged_by=_fingerprint(dls))
     write_whole(out/'run.json', lambda p: p.write_text(json.dumps(facts, indent=1, default=str)))
@@ -134,7 +134,7 @@ def _one_line(command):
 @call_parse
 def eed_train(
     data:str='digits', # digits (scikit-learn's, no download), cifar100 (downloaded), or a folder: class folders, train and valid with class folders, or CIFAR-100
-    arch:str='resnet18', # Network: any CNN of torchvision that can be cut into stages, or of eed_fastai, such as cifar_resnet18
+    arch:str='resnet18', # Network: a CNN of torchvision (resnet18), of eed_fastai (cifar_resnet18), of fastai (xresnet18) or of timm (timm/convnextv2_atto)
     recipe:str='eed_mse', # Method: joint_ce, eed_mse, eed_kl, pl, byot, beed, mate_style, …; a wrong one shows the right ones
     epochs:int=8, # Epochs of one-cycle training, after one with a frozen body if pretrained (8: about 90 s on 2 cores for the digits)
     lr:float=3e-3, # Highest learning rate (3e-3: as in the README)
@@ -143,12 +143,13 @@ def eed_train(
     valid_pct:float=0.2, # Share of the images that judge, where there are no train and valid folders
     seed:int=42, # Seed of the weights, the batches and the split of a folder (the digits' split is fixed)
     pretrained:bool=False, # Start from the published weights (they are downloaded)
+    n_exits:int=None, # Exits, the main network's among them (one after each stage)
     fp16:bool=False, # Mixed precision, on a GPU
     skip_unreadable:bool=False, # Go on without the images that cannot be opened
     out:str=None, # Folder to make for the results (a new one below runs)
 ):
     "Train a multi-exit network by Exit-Ensemble Distillation, and show what each exit is worth"
-    with _one_line(eed_train): learn,table = _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained, fp16, skip_unreadable, out)
+    with _one_line(eed_train): learn,table = _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained, n_exits, fp16, skip_unreadable, out)
     if not is_cli(eed_train): return learn, table
     print(f'\n{_percent(table)}\n\nmacs: multiply-adds for one image; share: of the main network\'s; ensemble: the mean of all exits\' logits')
     print(f'Wrote model.safetensors and config.json, history.csv, exits.csv, curve.png and run.json to {learn.path}')

@@ -14,7 +14,7 @@ from . import models as eed_models
 from .stages import evaluating, probe_image
 from .exits import *
 from .model import *
-from .model import _create, _create_timm, _described
+from .model import _create, _create_timm, _described, _import_timm
 from .inference import *
 from .analysis import hardware, write_whole
 
@@ -33,17 +33,17 @@ def _networks():
 
 # %% ../nbs/12_export.ipynb #d1129e57
 def find_arch(
-    name:str, # A classification network of torchvision, or one of `eed_fastai.models`
-) -> Callable: # Makes the network
+    name:str, # A classification network of torchvision, one of `eed_fastai.models`, one of fastai's xresnets, or `timm/` and a name of timm
+) -> Callable|str: # What `multi_exit` takes
     "The network called `name`"
-    nets = _networks()
-    return _by_name('network', name, {**nets['torchvision'], **nets['eed_fastai']})
+    if name.startswith('timm/'): return _timm_name(name[5:])
+    return _by_name('network', name, {k: v for nets in reversed(_networks().values()) for k,v in nets.items()})
 
 # %% ../nbs/12_export.ipynb #1416a3e1
-_heads = {o.__name__: o for o in (ExitHead, BottleneckHead, BEEDHead, PooledHead)}
+_heads = {o.__name__: o for o in (ExitHead, BottleneckHead, BEEDHead, SeparableHead, PooledHead)}
 _scores = {o.__name__: o for o in (max_prob, margin, entropy, patience)}
 _of_weights = {'weights', 'weights_backbone', 'pretrained', 'progress'}          # where numbers come from, which here is the file
-_format,_version,_files = 'eed_fastai multi-exit network',1,('config.json', 'model.safetensors')
+_format,_version,_files = 'eed_fastai multi-exit network',2,('config.json', 'model.safetensors')
 
 # %% ../nbs/12_export.ipynb #08b3e224
 def _arch_words(made):
@@ -60,8 +60,7 @@ def _arch_words(made):
 # %% ../nbs/12_export.ipynb #813515e1
 def _timm_name(name):
     "A name that timm knows, and no address"
-    try: import timm
-    except ImportError as e: raise ImportError(f"{name!r} is looked up in timm, which is not installed: pip install 'eed_fastai[timm]'") from e
+    timm = _import_timm(name)
     if name.split('.')[0] not in timm.list_models(): raise ValueError(f"There is no network {name!r} in timm {timm.__version__}")
     return name
 
@@ -113,7 +112,7 @@ def save_multi_exit(
     if head['name'] not in _heads: raise ValueError(f"The head {head['name']} is none that a file may name ({', '.join(_heads)}); keep such a network with `torch.save(model.state_dict(), …)` and the code that makes it")
     words = _arch_words(made['arch'] if arch is None else _described(arch))
     state = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items() if not k.startswith('method.')}
-    config = dict(format=_format, version=_version, arch=words, head=dict(name=head['name'], kwargs=head['kwargs']), n_out=model.n_out, n_in=model.n_in, cuts=made['cuts'] and list(made['cuts']), kept=made['kept'],
+    config = dict(format=_format, version=_version, arch=words, head=dict(name=head['name'], kwargs=head['kwargs']), n_out=model.n_out, n_in=model.n_in, cuts=made['cuts'] and list(made['cuts']), n_exits=made['n_exits'], kept=made['kept'],
                   size=made['size'], classes=classes and [str(o) for o in classes], stats=stats and [[float(o) for o in s] for s in stats], image_size=image_size,
                   policy=_policy_words(policy), costs=_costs_words(model, image_size, times), eed_fastai=eed_fastai.__version__, torch=torch.__version__)
     return _write(model, folder, config, state)
@@ -159,7 +158,7 @@ def _is_costs(v): return isinstance(v, dict) and set(v)<={'macs','ms','hardware'
 
 # %% ../nbs/12_export.ipynb #29aea5f8
 _fields = dict(format=lambda v: v==_format, version=_is_int(_version, _version), arch=lambda v: _is_call(v, ('source',)), head=lambda v: _is_call(v) and v['name'] in _heads, n_out=_is_int(1, 10**6), n_in=_is_int(1, 1024),
-               cuts=_or_none(lambda v: isinstance(v, list) and len(v)<100 and all(map(_is_small, v))), kept=lambda v: isinstance(v, bool), size=_is_int(1, 1024),
+               cuts=_or_none(lambda v: isinstance(v, list) and len(v)<100 and all(map(_is_small, v))), n_exits=_or_none(_is_int(2, 100)), kept=lambda v: isinstance(v, bool), size=_is_int(1, 1024),
                classes=_or_none(lambda v: isinstance(v, list) and all(isinstance(o, str) for o in v)), stats=_or_none(lambda v: isinstance(v, list) and len(v)==2 and all(map(_is_numbers, v))),
                image_size=_or_none(_is_int(1, 8192)), policy=_or_none(_is_policy), costs=_is_costs, eed_fastai=lambda v: isinstance(v, str), torch=lambda v: isinstance(v, str), sha256=lambda v: isinstance(v, str), digest=lambda v: isinstance(v, str))
 
@@ -201,7 +200,7 @@ def _read_weights(folder, config):
     file = Path(folder)/'model.safetensors'
     if not file.is_file(): raise FileNotFoundError(f"There is no {file} beside config.json; copy the whole folder")
     data = file.read_bytes()
-    if data[:2]==b'PK' or data[:1]==b'\x80': raise ValueError(f"{file} is no safetensors file but looks like a pickle (what `torch.save` writes), which can run code when it is opened. It was not opened; ask for safetensors")
+    if (data[:2]==b'PK' or data[:1]==b'\x80') and data[8:9]!=b'{': raise ValueError(f"{file} is no safetensors file but looks like a pickle (what `torch.save` writes), which can run code when it is opened. It was not opened; ask for safetensors")
     if _sha(data)!=config['sha256']: raise ValueError(f"{file} is not the file that config.json describes: its checksum does not fit. It was cut short or altered, or is of another network; copy both again")
     try: return load(data)
     except SafetensorError as e: raise ValueError(f"{file} is no safetensors file ({e}); it was altered") from e
@@ -237,7 +236,7 @@ def load_multi_exit(
 def _made_again(arch, config):
     head,kw = _heads[config['head']['name']],config['head']['kwargs']
     if config['kept']: arch = _create(arch, False, config['n_in']) if callable(arch) else _create_timm(arch, False, config['n_in'])
-    return multi_exit(arch, None if config['kept'] else config['n_out'], n_in=config['n_in'], cuts=config['cuts'], head=partial(head, **kw) if kw else head, size=config['size'])
+    return multi_exit(arch, None if config['kept'] else config['n_out'], n_in=config['n_in'], cuts=config['cuts'], head=partial(head, **kw) if kw else head, size=config['size'], n_exits=config['n_exits'])
 
 # %% ../nbs/12_export.ipynb #cfc52239
 def write_policy(

@@ -9,7 +9,6 @@ __all__ = ['multi_exit_learner', 'mean_logits', 'mean_probs', 'prefix_ensembles'
 from fastai.vision.all import *
 from fastai.vision.learner import _add_norm
 from matplotlib.ticker import PercentFormatter
-from .exits import *
 from .model import *
 from .metrics import *
 from .callback import *
@@ -27,20 +26,23 @@ def _pretrained_stats(arch):
 def multi_exit_learner(
     dls:DataLoaders, # Batches of images and classes
     arch:Callable|str|nn.Module, # As in `multi_exit`: makes a network, or a timm name, or a network, which keeps its classifier
-    pretrained:bool=True, # Start from the published weights, with all but the heads frozen? (True: as `vision_learner`)
+    pretrained:bool=True, # Start from the published weights (or those of the network given), with all but the new heads frozen? (True: as `vision_learner`)
     normalize:bool=True, # Normalise the images as the published weights expect, unless `dls` normalises them already?
     n_out:int|None=None, # Classes (None: from `dls`)
     n_in:int=3, # Channels of the images
-    cuts:list|None=None, # Where stages begin (None: where the map's side changes)
-    head:Callable=ExitHead, # Makes a head from `(ni, widths, n_out)`
+    cuts:list|None=None, # Where stages begin, as in `multi_exit`
+    head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: as in `multi_exit`)
+    n_exits:int|None=None, # So many exits, the main network's among them (None: one after each stage)
     splitter:Callable=exit_splitter, # Parameter groups (first half of the stages, second half, heads)
     cbs:Callback|list|None=None, # Callbacks; an `EEDCallback()` is added unless they hold one
     **kwargs
 ) -> Learner: # Ready for `fine_tune` if `pretrained`, else for `fit_one_cycle`
     "A Learner with a multi-exit network and `EEDCallback`, in the manner of `vision_learner`"
-    model = multi_exit(arch, n_out, pretrained, n_in, cuts, head)
-    if pretrained and normalize and not isinstance(arch, nn.Module): _add_norm(dls, {'stats': _pretrained_stats(arch)}, pretrained, n_in)
+    model = multi_exit(arch, n_out, pretrained, n_in, cuts, head, n_exits=n_exits)
+    is_module = isinstance(arch, nn.Module)
+    if pretrained and normalize and not is_module: _add_norm(dls, {'stats': _pretrained_stats(arch)}, pretrained, n_in)
     cbs = L(cbs) if any(isinstance(cb, EEDCallback) or cb is EEDCallback for cb in L(cbs)) else L(cbs) + EEDCallback()
+    if is_module: cbs,kwargs = cbs + BnFreeze(),{'train_bn': False, **kwargs}       # frozen, it keeps its answers
     learn = Learner(dls, model, splitter=splitter, cbs=cbs, **kwargs)
     if pretrained: learn.freeze()
     return learn
@@ -136,7 +138,7 @@ def validate_exits(self:Learner,
 def exit_table(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
     dl:DataLoader|None=None, # Batches with targets
-) -> pd.DataFrame: # Columns `exit, accuracy, macs, share, params`; the rows of `validate_exits`
+) -> pd.DataFrame: # Columns `exit, accuracy`, and those of `exit_costs`; the rows of `validate_exits`
     "Accuracy and cost of each exit and of the ensemble"
     size = ifnone(dl, self.dls[ds_idx]).one_batch()[0].shape[-2:]
     return self.validate_exits(ds_idx, dl).merge(exit_costs(self.model, size, ensemble=True), on='exit')

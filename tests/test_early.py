@@ -225,14 +225,23 @@ def test_a_policy_goes_with_an_exported_learner(trained, tmp_path):
 
 # --- files -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('arch,kw', [(tiny_resnet, {}), (resnet18, {}), (partial(models.vgg11_bn), dict(cuts=None)), (tiny_resnet, dict(head=BottleneckHead)), (tiny_resnet, dict(cuts=['layer2','layer3'])), (tiny_resnet, dict(n_in=1))],
-                         ids=['cifar','torchvision','vgg','bottleneck','cuts','grey'])
+@pytest.mark.parametrize('arch,kw', [(tiny_resnet, {}), (resnet18, {}), (partial(models.vgg11_bn), dict(cuts=None)), (tiny_resnet, dict(head=BottleneckHead)), (tiny_resnet, dict(cuts=['layer2','layer3'])), (tiny_resnet, dict(n_in=1)), (partial(models.mobilenet_v3_small), dict(head=SeparableHead, n_exits=3)), (models.resnet50, dict(n_exits=2)), ('convnextv2_atto', {})],
+                         ids=['cifar','torchvision','vgg','bottleneck','cuts','grey','fewer','wide','timm'])
 def test_saved_and_loaded(arch, kw, tmp_path):
     model = multi_exit(arch, 7, **kw).eval()
     again = load_multi_exit(save_multi_exit(model, tmp_path/'m'))
     x = torch.randn(2, model.n_in, 64, 64)
     with torch.no_grad(): assert torch.equal(model.all_exits(x).logits, again.all_exits(x).logits)
     assert sorted(o.name for o in (tmp_path/'m').iterdir())==['config.json','model.safetensors'] and len(list(tmp_path.iterdir()))==1
+
+@pytest.mark.parametrize('begins', [b'\x80', b'PK'])
+def test_a_good_file_may_begin_like_a_pickle(begins, tmp_path):
+    "Its first eight bytes are the length of what follows, which may be any"
+    from safetensors.torch import save
+    from eed_fastai.export import _read_weights, _sha
+    data = next(d for n in range(2**15) if (d := save({'w'*n: torch.ones(2)})).startswith(begins))
+    (tmp_path/'model.safetensors').write_bytes(data)
+    assert [v.tolist() for v in _read_weights(tmp_path, dict(sha256=_sha(data))).values()]==[[1.,1.]]
 
 def test_a_trained_learner_with_a_method(trained, tmp_path):
     "What a method remembers is not part of what answers"

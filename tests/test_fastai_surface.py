@@ -113,6 +113,35 @@ def test_to_eed_keeps_a_vision_learner(frozen):
     with learn.no_logging(): learn.fine_tune(1)
     assert learn.get_exit_preds()[0].shape == (32,4,10)
 
+@pytest.mark.parametrize('arch', [partial(models.mobilenet_v2, num_classes=10), partial(models.vgg11_bn, num_classes=10), partial(cifar_resnet18, n_out=10, width=8)], ids=['mobilenet','vgg','cifar'])
+def test_frozen_the_exits_alone_learn(arch):
+    "Batch norm's statistics stay, and so does every answer of the network; fine_tune then opens it"
+    dls = small_digits()
+    learn = Learner(dls, arch(), metrics=accuracy)
+    with learn.no_logging(): learn.fit(1)
+    before,z = {k: v.clone() for k,v in learn.model.state_dict().items()},learn.get_preds()[0]
+    learn.to_eed()
+    learn.freeze()
+    heads = [h.fc.weight.detach().clone() for h in learn.model.heads[:-1]]
+    with learn.no_logging(): learn.fit(2, 1e-2)
+    assert torch.equal(learn.get_preds()[0], z) or torch.allclose(learn.get_preds()[0], z, rtol=1e-4, atol=1e-6)
+    kept = {id(p) for p in [*learn.model.stages.parameters(), *learn.model.heads[-1].parameters()]}
+    assert all(p.requires_grad==(id(p) not in kept) for p in learn.model.parameters())
+    ours = {k: v for m in (*learn.model.stages, learn.model.heads[-1]) for k,v in m.state_dict().items()}
+    assert sum(any(torch.equal(v, o) for o in before.values() if o.shape==v.shape) for v in ours.values())==len(ours)      # to the last bit
+    assert not any(torch.equal(a, h.fc.weight) for a,h in zip(heads, learn.model.heads[:-1]))
+    with learn.no_logging(): learn.fine_tune(1)
+    assert all(p.requires_grad for p in learn.model.parameters())
+    first = next(m for m in learn.model.stages.modules() if isinstance(m, nn.BatchNorm2d))
+    assert not any(torch.equal(first.running_mean, o) for o in before.values() if o.shape==first.running_mean.shape)
+
+def test_a_trained_network_in_multi_exit_learner():
+    net = cifar_resnet18(n_out=10, width=8)
+    learn = multi_exit_learner(small_digits(), net)              # frozen, as published weights are
+    z = learn.get_preds()[0]
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    assert torch.allclose(learn.get_preds()[0], z, rtol=1e-4, atol=1e-6)
+
 def test_to_eed_that_fails_changes_nothing():
     learn = vision_learner(small_digits(), resnet18, pretrained=False)
     model = learn.model
