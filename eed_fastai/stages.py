@@ -129,9 +129,8 @@ def _around(model, inner):
 def _last_weights(model): return [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
 
 # %% ../nbs/02_stages.ipynb #88836a86
-def _refuse(model, why):
-    raise ValueError(f"{type(model).__name__} cannot be cut into stages: {why}. Pass the network as an nn.Sequential of its parts, "
-                     "with `cuts=` naming the parts where a new stage begins")
+def _refuse(model, why, fix="Pass the network as an nn.Sequential of its parts, with `cuts=` naming the parts where a new stage begins"):
+    raise ValueError(f"{type(model).__name__} cannot be cut into stages: {why}. {fix}")
 
 # %% ../nbs/02_stages.ipynb #d2cfa0b9
 def _try_rows(model, x, inner):
@@ -139,7 +138,7 @@ def _try_rows(model, x, inner):
     last = _last_weights(model)
     for opened in (*last, *inner), inner, last, []:
         try: row,broken = _row(model, x, _around(model, opened))
-        except Exception as e: _refuse(model, f"it does not run on an image of {x.shape[-1]}×{x.shape[-1]} pixels ({str(e)[:200]}); `size=` says on what it does")
+        except Exception as e: _refuse(model, f"it does not run on an image of {x.shape[-1]}×{x.shape[-1]} pixels ({str(e)[:200]})", "Pass as `size=` the side on which it does")
         if broken is None: break
     return row,broken
 
@@ -158,7 +157,7 @@ def _body_and_tail(model, x, inner=()):
 def _check_all_run(model, row):
     ran = {p for o in row for p in o.module.parameters()}
     idle = [name for name,m in model.named_modules() if any(p not in ran for p in m.parameters(recurse=False))]
-    if idle: _refuse(model, f"{f'`{idle[0]}`' if idle[0] else 'it'} has weights that take no part in its answer (an auxiliary classifier, perhaps). Make it without them, as by `aux_logits=False`")
+    if idle: _refuse(model, f"{f'`{idle[0]}`' if idle[0] else 'it'} has weights that take no part in its answer (an auxiliary classifier, perhaps)", "Make it without them, as by `aux_logits=False`")
 
 # %% ../nbs/02_stages.ipynb #8dffc5a0
 def _is_exhausted(link): return isinstance(link.module, (nn.MaxPool2d, nn.AvgPool2d, nn.Conv2d)) and _is_map(link.x) and not _is_map(link.y)
@@ -175,7 +174,7 @@ def probe_size(
             with evaluating(model): ran[size] = any(map(_is_exhausted, trace(model, probe_image(model, size))[0]))
         except Exception as e: errors.append(e); continue
         if not ran[size]: return size
-    if not ran: _refuse(model, f"it runs on no square image of {', '.join(map(str, sizes))} pixels ({str(errors[0])[:200]}); `size=` says on what it does")
+    if not ran: _refuse(model, f"it runs on no square image of {', '.join(map(str, sizes))} pixels ({str(errors[0])[:200]})", "Pass as `size=` the side on which it does")
     return first(ran)
 
 # %% ../nbs/02_stages.ipynb #7b8d60fd
