@@ -55,7 +55,7 @@ class MultiExitModel(nn.Module):
         self.n_out,self.want_exits,self.method = None,False,nn.ModuleDict()
         self.made = None                         # how `multi_exit` made it, for the record
         self.register_load_state_dict_post_hook(_forget_method)
-        if main is not None or n_out is not None: self.build(n_out, main)
+        if n_out is not None: self.build(n_out, main)
 
     def __iter__(self): return iter(zip(self.stages, self.heads))
 
@@ -109,11 +109,10 @@ def _stage(self:MultiExitModel, i, x):
 # %% ../nbs/04_model.ipynb #42c41684
 @patch
 def build(self:MultiExitModel,
-    n_out:int|None, # Classes (None: as many as `main` has)
+    n_out:int, # Classes
     main:nn.Module|None=None, # Head of the main exit (None: made as the others are)
 ) -> MultiExitModel: # The same network
     "Make the heads, on the stages' device, in their dtype and memory format"
-    if main is not None: n_out = self._classes_of(main, n_out)
     heads = make_heads(self.shapes, n_out, self.head, self.plan)
     if main is not None: heads[-1] = main
     p = next(self.stages.parameters())
@@ -122,13 +121,6 @@ def build(self:MultiExitModel,
     self.heads.train(self.training)
     self.feature_sizes = self._probe_heads()
     return self
-
-# %% ../nbs/04_model.ipynb #7665feca
-@patch
-def _classes_of(self:MultiExitModel, main, n_out):
-    with evaluating(nn.Sequential(*self.stages, main)) as m: has = m(probe_image(self, self.size))[0].shape[1]
-    if n_out not in (None, has): raise ValueError(f"The network's own classifier has {has} classes, but `n_out={n_out}`. Leave `n_out` out to keep it, or pass the network without its classifier")
-    return has
 
 # %% ../nbs/04_model.ipynb #08aa90d9
 @patch
@@ -178,16 +170,16 @@ def _create_timm(name, pretrained, n_in): return _import_timm(name).create_model
 
 # %% ../nbs/04_model.ipynb #b4759d30
 def _kept_head(model, stages, tail, size):
-    "The classifier of `model` as a head, checked against `model`; None for a body without one"
-    if tail is not None and not any(True for _ in tail.parameters()): return None
-    kept = tail if tail is None else KeptHead(tail, getattr(model, 'drop_rate', 0.) or 0.)
+    "The classifier of `model` as a head, checked against `model`, and its classes; (None, None) for a body without one"
+    if tail is not None and not [*tail.parameters()]: return None,None
+    kept = None if tail is None else KeptHead(tail, getattr(model, 'drop_rate', 0.) or 0.)
     with evaluating(model), evaluating(nn.Sequential(kept or nn.Identity())):
         x = probe_image(model, size)
         real,z = model(x),kept and kept(nn.Sequential(*stages)(x))[0]
     if z is None or z.ndim!=2 or z.shape!=real.shape or not torch.allclose(z, real, rtol=1e-4, atol=1e-5):
         raise ValueError(f"The classifier of {type(model).__name__} cannot be kept: its modules in a row, with what is usual between them, do not give the network's logits (batch, classes). "
                          "Pass the function that makes the network, or its body alone")
-    return kept
+    return kept,z.shape[1]
 
 # %% ../nbs/04_model.ipynb #c2b6cb17
 def _planned(model, cuts):
@@ -222,12 +214,13 @@ def multi_exit(
     model = arch if is_module else _create_timm(arch, pretrained, n_in) if isinstance(arch, str) else _create(arch, pretrained, n_in)
     asked,size,(cuts,plan) = cuts,size or probe_size(model),_planned(model, cuts)
     stages,tail = split_network(model, cuts, size)
-    main = _kept_head(model, stages, tail, size) if is_module else None
+    main,n_kept = _kept_head(model, stages, tail, size) if is_module else (None,None)
+    if n_out is not None and n_kept not in (None, n_out): raise ValueError(f"The network's own classifier has {n_kept} classes, but `n_out={n_out}`. Leave `n_out` out to keep it, or pass the network without its classifier")
     if n_exits is not None:
         ends = spread_exits(stages, n_exits, size)
         stages,plan = join_stages(stages, ends),plan and [plan[i] for i in ends]
     head = head or (ExitHead if plan else default_head(stages, size))
-    res = MultiExitModel(stages, n_out, head, main, size, plan)
+    res = MultiExitModel(stages, ifnone(n_out, n_kept), head, main, size, plan)
     res.made = dict(arch=None if is_module else _described(arch), head=_described(head), n_in=res.n_in, cuts=asked, n_exits=n_exits, size=size, kept=main is not None)
     return res.train(model.training)
 
@@ -334,9 +327,9 @@ def plot_costs(
     ax=None, # Axes to draw on (None: new ones)
 ): # The axes
     "Each exit's share of the main network's multiply-adds, with the peak memory of its maps; dear exits in red"
-    if ax is None: _,ax = plt.subplots(figsize=(5,2.2))
+    ax = ax or plt.subplots(figsize=(5,2.2))[1]
     bars = ax.barh(costs.exit, costs.share, color=['tab:red' if o else 'tab:blue' for o in costs.dear])
-    ax.bar_label(bars, [f'{s:.0%}, {mb:.1f} MB' for s,mb in zip(costs.share, costs.activation_mb)], padding=3, fontsize=8)
-    ax.axvline(1, ls=':', c='grey'); ax.invert_yaxis(); ax.margins(x=.3)
-    ax.set(xlabel="share of the main network's multiply-adds; peak memory of the maps")
+    ax.bar_label(bars, [f'{s:.0%}, maps {mb:.1f} MB' for s,mb in zip(costs.share, costs.activation_mb)], padding=3, fontsize=8, bbox=dict(fc='w', ec='none', pad=.5))
+    ax.axvline(1, ls=':', c='grey', zorder=0); ax.invert_yaxis(); ax.margins(x=.35)
+    ax.set_xlabel("share of the main network's multiply-adds", fontsize=9)
     return ax

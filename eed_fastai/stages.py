@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'n_channels', 'probe_image', 'Link', 'trace', 'between', 'probe_size', 'Copied', 'split_network',
-           'macs_of', 'stage_macs', 'spread_exits', 'join_stages', 'split_stages', 'stage_shapes']
+           'stage_maps', 'macs_of', 'stage_macs', 'spread_exits', 'join_stages', 'split_stages', 'stage_shapes']
 
 # %% ../nbs/02_stages.ipynb #b4a3b93a
 from fastai.vision.all import *
@@ -45,11 +45,6 @@ def probe_image(
 class Link(namedtuple('Link', 'name module x y')):
     "A part of a network that has run: its name, itself, what it got and what it gave (None where that is no single tensor)"
 
-# %% ../nbs/02_stages.ipynb #40d3fb0c
-def _is_transparent(m):
-    if isinstance(m, nn.Sequential): return type(m).forward is nn.Sequential.forward
-    return isinstance(m, (nn.ModuleList, nn.ModuleDict)) and type(m).forward is nn.Module.forward
-
 # %% ../nbs/02_stages.ipynb #58fccdac
 def _watch(model, closed, names, links):
     "Hooks that append a `Link` for each call of a `closed` module that is not inside another"
@@ -71,7 +66,8 @@ def trace(
     "Run `model` and write down its parts"
     links,names = [],defaultdict(list)
     for name,m in model.named_modules(remove_duplicate=False): names[m].append(name)
-    closed = [m for m in names if m is not model and not _is_transparent(m) and m not in opened]
+    looked_into = nn.Sequential.forward,nn.Module.forward        # the second is that of containers without a `forward`, such as `nn.ModuleList`
+    closed = [m for m in names if m is not model and m not in opened and type(m).forward not in looked_into]
     hooks = _watch(model, closed, names, links)
     try: return links,model(x)
     finally:
@@ -115,18 +111,15 @@ def _is_map(x): return isinstance(x, Tensor) and x.ndim==4 and x.shape[-1]>1
 def _is_tail(link):
     return isinstance(link.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) or link.name.split('.')[0] in ('classifier','head','fc') or not _is_map(link.y)
 
-# %% ../nbs/02_stages.ipynb #e0c7e302
 def _n_body(row):
-    n = ifnone(first(i for i,o in enumerate(row) if _is_tail(o)), len(row))
-    while n and isinstance(row[n-1].module, (nn.Dropout, nn.Dropout2d)): n -= 1
-    return n
+    body = [*itertools.takewhile(lambda o: not _is_tail(o), row)]
+    while body and isinstance(body[-1].module, (nn.Dropout, nn.Dropout2d)): body.pop()
+    return len(body)
 
 # %% ../nbs/02_stages.ipynb #f2af90a0
 def _around(model, inner):
     "The modules that hold one of `inner`"
     return {m for m in model.modules() if any(o is not m and o in inner for o in m.modules())}
-
-def _last_weights(model): return [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
 
 # %% ../nbs/02_stages.ipynb #88836a86
 def _refuse(model, why, fix="Pass the network as an nn.Sequential of its parts, with `cuts=` naming the parts where a new stage begins"):
@@ -135,7 +128,7 @@ def _refuse(model, why, fix="Pass the network as an nn.Sequential of its parts, 
 # %% ../nbs/02_stages.ipynb #d2cfa0b9
 def _try_rows(model, x, inner):
     "The row with the classifier and the modules around `inner` opened, if it is whole; else the next best"
-    last = _last_weights(model)
+    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
     for opened in (*last, *inner), inner, last, []:
         try: row,broken = _row(model, x, _around(model, opened))
         except Exception as e: _refuse(model, f"it does not run on an image of {x.shape[-1]}×{x.shape[-1]} pixels ({str(e)[:200]})", "Pass as `size=` the side on which it does")
@@ -159,23 +152,21 @@ def _check_all_run(model, row):
     idle = [name for name,m in model.named_modules() if any(p not in ran for p in m.parameters(recurse=False))]
     if idle: _refuse(model, f"{f'`{idle[0]}`' if idle[0] else 'it'} has weights that take no part in its answer (an auxiliary classifier, perhaps)", "Make it without them, as by `aux_logits=False`")
 
-# %% ../nbs/02_stages.ipynb #8dffc5a0
-def _is_exhausted(link): return isinstance(link.module, (nn.MaxPool2d, nn.AvgPool2d, nn.Conv2d)) and _is_map(link.x) and not _is_map(link.y)
-
 # %% ../nbs/02_stages.ipynb #438e7b3e
 def probe_size(
     model:nn.Module, # A CNN
     sizes:tuple=(64,224,32,28), # Sides that are tried, in pixels
 ) -> int: # The first of `sizes` at which the map keeps more than one cell up to the classifier; else the first at which the network runs
     "Side of an image on which `model` can be looked at"
-    ran,errors = {},[]
+    ran,errors = [],[]
     for size in sizes:
         try:
-            with evaluating(model): ran[size] = any(map(_is_exhausted, trace(model, probe_image(model, size))[0]))
+            with evaluating(model): links,_ = trace(model, probe_image(model, size))
         except Exception as e: errors.append(e); continue
-        if not ran[size]: return size
+        ran.append(size)
+        if not any(isinstance(o.module, (nn.MaxPool2d, nn.AvgPool2d, nn.Conv2d)) and _is_map(o.x) and not _is_map(o.y) for o in links): return size
     if not ran: _refuse(model, f"it runs on no square image of {', '.join(map(str, sizes))} pixels ({str(errors[0])[:200]})", "Pass as `size=` the side on which it does")
-    return first(ran)
+    return ran[0]
 
 # %% ../nbs/02_stages.ipynb #7b8d60fd
 def _weighted(m): return [o for o in m.modules() if isinstance(o, (nn.Conv2d, nn.Linear))]
@@ -185,14 +176,12 @@ def _past_stem(body, i):
     return any(map(_is_block, body[:i])) if any(map(_is_block, body)) else sum(len(_weighted(o.module)) for o in body[:i])>1
 
 # %% ../nbs/02_stages.ipynb #295ac661
-def _only_prepares(m): return not any(isinstance(o, nn.Conv2d) and o.kernel_size!=(1,1) for o in m.modules())
-
 def _group_start(body, i):
-    "Where the outermost group that `body[i]` closes begins"
+    "Where the outermost group that `body[i]` closes begins, if what is before it there has no kernel"
     parts = body[i].name.split('.')
     for n in range(1, len(parts)):
         start = first(j for j,o in enumerate(body) if o.name.split('.')[:n]==parts[:n])
-        if start and all(_only_prepares(o.module) for o in body[start:i]): return start
+        if start and all(m.kernel_size==(1,1) for o in body[start:i] for m in o.module.modules() if isinstance(m, nn.Conv2d)): return start
     return i
 
 # %% ../nbs/02_stages.ipynb #50656e2a
@@ -228,17 +217,13 @@ class Copied(Module):
 # %% ../nbs/02_stages.ipynb #903ae692
 def _stage(links): return nn.Sequential(OrderedDict((o.name.replace('.', '_'), o.module) for o in links))
 
-def _changes(stage, x):
-    before = x.clone()
-    stage(x)
-    return not torch.equal(x, before)
-
 # %% ../nbs/02_stages.ipynb #55a34d6c
 def _prove(model, body, stages, x):
     with evaluating(model):
         for i,stage in enumerate(stages):
-            if i and _changes(stage, x.clone()): stages[i] = stage = nn.Sequential(OrderedDict(copied=Copied(), **stage._modules))
-            x = stage(x)
+            before,y = x.clone(),stage(x)
+            if i and not torch.equal(x, before): stages[i] = nn.Sequential(OrderedDict(copied=Copied(), **stage._modules))
+            x = y
     if not torch.equal(x, body[-1].y): _refuse(model, f"run in a row, its parts up to `{body[-1].name}` do not give what the network computes")
 
 # %% ../nbs/02_stages.ipynb #be13c80a
@@ -266,6 +251,14 @@ def split_network(
     _prove(model, body, stages, x)
     return stages, None if tail is None else _stage(tail)
 
+# %% ../nbs/02_stages.ipynb #58a25e34
+def stage_maps(
+    stages:list, # Stages, in order
+    size:int=64, # Side of the probe in pixels
+) -> list: # A probe `(1,n_in,size,size)`, and the map after each stage
+    "What goes into the stages, and what comes out of each"
+    with evaluating(nn.ModuleList(stages)) as model: return [*itertools.accumulate(stages, lambda x,stage: stage(x), initial=probe_image(model, size))]
+
 # %% ../nbs/02_stages.ipynb #cdc4a6bd
 def macs_of(
     m:nn.Module, # A module
@@ -281,11 +274,7 @@ def stage_macs(
     size:int=64, # Side of the probe in pixels
 ) -> list: # Multiply-adds of each, for one image
     "What each stage costs"
-    x,res = probe_image(nn.ModuleList(stages), size),[]
-    for stage in stages:
-        x,n = macs_of(stage, x)
-        res.append(n)
-    return res
+    return [macs_of(s, x)[1] for s,x in zip(stages, stage_maps(stages, size))]
 
 # %% ../nbs/02_stages.ipynb #283a12e7
 def spread_exits(
@@ -327,10 +316,4 @@ def stage_shapes(
     size:int=64, # Side of the probe in pixels
 ) -> list: # Pairs (channels, side), one for each stage
     "Channels and side of the map after each stage, for a square image of `size` pixels"
-    model,res = nn.ModuleList(stages),[]
-    x = probe_image(model, size)
-    with evaluating(model):
-        for stage in stages:
-            x = stage(x)
-            res.append((x.shape[1], x.shape[-1]))
-    return res
+    return [(x.shape[1], x.shape[-1]) for x in stage_maps(stages, size)[1:]]
