@@ -330,6 +330,6 @@ def plot_costs(
     ax = ax or plt.subplots(figsize=(5,2.2))[1]
     bars = ax.barh(costs.exit, costs.share, color=['tab:red' if o else 'tab:blue' for o in costs.dear])
     ax.bar_label(bars, [f'{s:.0%}, maps {mb:.1f} MB' for s,mb in zip(costs.share, costs.activation_mb)], padding=3, fontsize=8, bbox=dict(fc='w', ec='none', pad=.5))
-    ax.axvline(1, ls=':', c='grey', zorder=0); ax.invert_yaxis(); ax.margins(x=.35)
+    ax.axvline(1, ls=':', c='grey', zorder=0); ax.invert_yaxis(); ax.margins(x=.5)
     ax.set_xlabel("share of the main network's multiply-adds", fontsize=9)
     return ax
