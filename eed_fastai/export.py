@@ -6,8 +6,8 @@
 __all__ = ['find_arch', 'save_multi_exit', 'read_config', 'load_multi_exit', 'write_policy', 'export_onnx']
 
 # %% ../nbs/12_export.ipynb #351e0eef
-import hashlib, inspect, json, shutil, warnings
-import torchvision
+import difflib, hashlib, inspect, json, logging, shutil, tempfile, warnings
+import jsonschema, safetensors.torch, torchvision
 from fastai.vision.all import *
 import eed_fastai
 from . import models as eed_models
@@ -21,15 +21,14 @@ from .analysis import hardware, write_whole
 # %% ../nbs/12_export.ipynb #8bb5c880
 def _by_name(what, name, table):
     if name in table: return table[name]
-    from difflib import get_close_matches
-    raise ValueError(f"There is no {what} {name!r}; " + (f"did you mean {', '.join(near)}?" if (near := get_close_matches(name, table)) else f"there are {', '.join(table)}"))
+    raise ValueError(f"There is no {what} {name!r}; " + (f"did you mean {', '.join(near)}?" if (near := difflib.get_close_matches(name, table)) else f"there are {', '.join(table)}"))
 
 # %% ../nbs/12_export.ipynb #35b981ae
 def _networks():
-    "Source → name → function"
-    own = {o: getattr(eed_models, o) for o in eed_models.__all__ if o.startswith('cifar_')}
-    seen = {o: torchvision.models.get_model_builder(o) for o in torchvision.models.list_models(torchvision.models)}
-    return {'torchvision': seen, 'eed_fastai': own, 'fastai': {o: getattr(models.xresnet, o) for o in models.xresnet.__all__ if o.startswith('xresnet')}}
+    "Source → name → function; a source is a package"
+    return {'torchvision': {o: torchvision.models.get_model_builder(o) for o in torchvision.models.list_models(torchvision.models)},
+            'eed_fastai': {o: getattr(eed_models, o) for o in eed_models.__all__ if o.startswith('cifar_')},
+            'fastai': {o: getattr(models.xresnet, o) for o in models.xresnet.__all__ if o.startswith('xresnet')}}
 
 # %% ../nbs/12_export.ipynb #d1129e57
 def find_arch(
@@ -43,19 +42,17 @@ def find_arch(
 _heads = {o.__name__: o for o in (ExitHead, BottleneckHead, BEEDHead, SeparableHead, PooledHead)}
 _scores = {o.__name__: o for o in (max_prob, margin, entropy, patience)}
 _of_weights = {'weights', 'weights_backbone', 'pretrained', 'progress'}          # where numbers come from, which here is the file
-_format,_version,_files = 'eed_fastai multi-exit network',2,('config.json', 'model.safetensors')
+_format,_version = 'eed_fastai multi-exit network',2
 
 # %% ../nbs/12_export.ipynb #08b3e224
 def _arch_words(made):
     "What `config.json` says of an architecture: source, name and keywords; an error if it cannot be found again by these"
     if made is None: raise ValueError("This network was made from a module, so its file cannot say how to make it again; pass `arch=`, the function (or timm name) that makes such a module, such as `partial(resnet18, num_classes=10)`")
     kwargs = {k:v for k,v in made['kwargs'].items() if k not in _of_weights}
-    if bad := [k for k,v in kwargs.items() if not _is_small(v)]: raise ValueError(f"{made['name']} was made with {bad[0]}={kwargs[bad[0]]!r}, which a file cannot say; it can hold numbers, words and yes or no")
-    if made['module']=='timm': return dict(source='timm', name=made['name'], kwargs=kwargs)
-    for source,table in _networks().items():
-        f = table.get(made['name'])
-        if f is not None and f.__module__==made['module']: return dict(source=source, name=made['name'], kwargs=kwargs)
-    raise ValueError(f"{made['module']}.{made['name']} is none of the networks that a file may name (torchvision's, timm's, fastai's xresnets, `eed_fastai.models`). Keep your own network with `torch.save(model.state_dict(), …)` and the code that makes it")
+    if bad := [k for k,v in kwargs.items() if not _Checker(_small).is_valid(v)]: raise ValueError(f"{made['name']} was made with {bad[0]}={kwargs[bad[0]]!r}, which a file cannot say; it can hold numbers, words and yes or no")
+    source,name = str(made['module']).split('.')[0],made['name']
+    if made['module'] not in ('timm', getattr(_networks().get(source, {}).get(name), '__module__', '')): raise ValueError(f"{made['module']}.{made['name']} is none of the networks that a file may name (torchvision's, timm's, fastai's xresnets, `eed_fastai.models`). Keep your own network with `torch.save(model.state_dict(), …)` and the code that makes it")
+    return dict(source=source, name=name, kwargs=kwargs)
 
 # %% ../nbs/12_export.ipynb #813515e1
 def _timm_name(name):
@@ -70,8 +67,7 @@ def _find_network(words):
     if banned := _of_weights & set(words['kwargs']): raise ValueError(f"config.json asks for {', '.join(banned)}, and nothing is downloaded here; it was altered")
     if words['source']=='timm': return _timm_name(words['name'])
     f = _by_name('network', words['name'], _by_name('source of networks', words['source'], _networks()))
-    unknown = set(words['kwargs']) - set(inspect.signature(f).parameters) if words['source']=='eed_fastai' else set()
-    if unknown: raise ValueError(f"{words['name']} takes no {', '.join(sorted(unknown))}")
+    if words['source']=='eed_fastai' and (unknown := set(words['kwargs']) - set(inspect.signature(f).parameters)): raise ValueError(f"{words['name']} takes no {', '.join(sorted(unknown))}")
     return partial(f, **words['kwargs']) if words['kwargs'] else f
 
 # %% ../nbs/12_export.ipynb #bf2fa4d5
@@ -80,17 +76,12 @@ def _policy_words(policy):
     if _scores.get(policy.score.__name__) is not policy.score: raise ValueError(f"The score {policy.score.__name__!r} is a function of your own, and a file holds no code; use one of {', '.join(_scores)}")
     return dict(thresholds=[None if t>1 else float(t) for t in policy.thresholds], score=policy.score.__name__, temperatures=policy.temperatures and [float(t) for t in policy.temperatures])
 
-# %% ../nbs/12_export.ipynb #52bc660b
-def _costs_words(model, size, times):
-    costs = {} if size is None else {'macs': part_macs(model, size).to_dict('list')}
-    return costs if times is None else costs | _times_words(times)
-
 # %% ../nbs/12_export.ipynb #5c00849d
-def _times_words(times): return {'ms': times.to_dict('list'), 'hardware': hardware(), 'images': times.attrs.get('images')}
+def _times_words(times): return {} if times is None else {'ms': times.to_dict('list'), 'hardware': hardware(), 'images': times.attrs.get('images')}
 
 # %% ../nbs/12_export.ipynb #ad260e3f
 def _sha(data): return hashlib.sha256(data).hexdigest()
-def _digest(config): return _sha(json.dumps({k:v for k,v in config.items() if k!='digest'}, sort_keys=True).encode())
+def _signed(config): return {**config, 'digest': _sha(json.dumps({k:v for k,v in config.items() if k!='digest'}, sort_keys=True).encode())}
 
 # %% ../nbs/12_export.ipynb #8c5bdb98
 def save_multi_exit(
@@ -107,30 +98,24 @@ def save_multi_exit(
     model,folder = unwrap(model),Path(folder).resolve()
     model._check_built()
     if classes is not None and len(classes)!=model.n_out: raise ValueError(f"{len(classes)} names for {model.n_out} classes; `classes` needs one for each output")
-    made = model.made or {}
-    head = made.get('head') or dict(name=None, kwargs={})
+    made = model.made or {'head': {'name': None}}
+    head = {k: made['head'].get(k) for k in ('name','kwargs')}
     if head['name'] not in _heads: raise ValueError(f"The head {head['name']} is none that a file may name ({', '.join(_heads)}); keep such a network with `torch.save(model.state_dict(), …)` and the code that makes it")
-    words = _arch_words(made['arch'] if arch is None else _described(arch))
-    state = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items() if not k.startswith('method.')}
-    config = dict(format=_format, version=_version, arch=words, head=dict(name=head['name'], kwargs=head['kwargs']), n_out=model.n_out, n_in=model.n_in, cuts=made['cuts'] and list(made['cuts']), n_exits=made['n_exits'], kept=made['kept'],
-                  size=made['size'], classes=classes and [str(o) for o in classes], stats=stats and [[float(o) for o in s] for s in stats], image_size=image_size,
-                  policy=_policy_words(policy), costs=_costs_words(model, image_size, times), eed_fastai=eed_fastai.__version__, torch=torch.__version__)
-    return _write(model, folder, config, state)
+    config = dict(format=_format, version=_version, arch=_arch_words(made['arch'] if arch is None else _described(arch)), head=head, n_out=model.n_out, n_in=model.n_in, cuts=made['cuts'] and list(made['cuts']), n_exits=made['n_exits'], kept=made['kept'],
+                  size=made['size'], classes=classes and [str(o) for o in classes], stats=stats and [[float(o) for o in s] for s in stats], image_size=image_size, policy=_policy_words(policy),
+                  costs={**({} if image_size is None else {'macs': part_macs(model, image_size).to_dict('list')}), **_times_words(times)}, eed_fastai=eed_fastai.__version__, torch=torch.__version__)
+    return _write(model, folder, config)
 
 # %% ../nbs/12_export.ipynb #97a7e6e5
-def _write(model, folder, config, state):
-    from safetensors.torch import save
-    weights,tmp = save(state),folder.with_name(f'.{folder.name}.new')
-    config = json.loads(json.dumps({**config, 'sha256': _sha(weights)}))
-    config['digest'] = _digest(config)
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-    try:
-        (tmp/'model.safetensors').write_bytes(weights)
-        (tmp/'config.json').write_text(json.dumps(config, indent=1))
+def _write(model, folder, config):
+    weights = safetensors.torch.save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items() if not k.startswith('method.')})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as tmp:
+        (Path(tmp)/'model.safetensors').write_bytes(weights)
+        (Path(tmp)/'config.json').write_text(json.dumps(_signed({**config, 'sha256': _sha(weights)}), indent=1))
         _compare(model, load_multi_exit(tmp))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in reversed(_files): os.replace(tmp/name, folder/name)          # the words last
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        for name in ('model.safetensors', 'config.json'): os.replace(Path(tmp)/name, folder/name)          # the words last
     return folder
 
 # %% ../nbs/12_export.ipynb #a7e5fe99
@@ -142,25 +127,21 @@ def _compare(model, again):
     if not same: raise ValueError("Made again from its description, the network gives other answers, so nothing was written. Was `arch=` what made it? Parts replaced after `multi_exit` are not described")
 
 # %% ../nbs/12_export.ipynb #7ca460a9
-def _is_small(v): return isinstance(v, (bool, str, type(None))) and len(str(v))<200 or isinstance(v, (int, float)) and abs(v)<=65536
-def _is_numbers(v, n=None): return isinstance(v, list) and all(isinstance(o, (int, float)) and not isinstance(o, bool) and math.isfinite(o) for o in v) and (n is None or len(v)==n)
-def _is_int(lo, hi): return lambda v: type(v) is int and lo<=v<=hi
-def _is_call(v, more=()): return isinstance(v, dict) and set(v)=={'name','kwargs',*more} and all(isinstance(v[o], str) for o in ('name', *more)) and isinstance(v['kwargs'], dict) and all(map(_is_small, v['kwargs'].values()))
-def _or_none(f): return lambda v: v is None or f(v)
-
-# %% ../nbs/12_export.ipynb #e981c25d
-def _is_policy(v):
-    ok = isinstance(v, dict) and set(v)=={'thresholds','score','temperatures'} and v['score'] in _scores and isinstance(v['thresholds'], list)
-    return ok and all(o is None or _is_numbers([o]) for o in v['thresholds']) and (v['temperatures'] is None or _is_numbers(v['temperatures'], len(v['thresholds'])+1) and min(v['temperatures'])>0)
-
-# %% ../nbs/12_export.ipynb #7c5fd122
-def _is_costs(v): return isinstance(v, dict) and set(v)<={'macs','ms','hardware','images'} and all(isinstance(v[o], dict) and set(v[o])=={'stage','head'} and all(map(_is_numbers, v[o].values())) for o in ('macs','ms') if o in v)
+def _exactly(**properties): return dict(type='object', properties=properties, required=list(properties), additionalProperties=False)
+def _or_none(schema): return {**schema, 'type': [schema['type'], 'null']}
+def _whole(lo, hi): return dict(type='integer', minimum=lo, maximum=hi)
 
 # %% ../nbs/12_export.ipynb #29aea5f8
-_fields = dict(format=lambda v: v==_format, version=_is_int(_version, _version), arch=lambda v: _is_call(v, ('source',)), head=lambda v: _is_call(v) and v['name'] in _heads, n_out=_is_int(1, 10**6), n_in=_is_int(1, 1024),
-               cuts=_or_none(lambda v: isinstance(v, list) and len(v)<100 and all(map(_is_small, v))), n_exits=_or_none(_is_int(2, 100)), kept=lambda v: isinstance(v, bool), size=_is_int(1, 1024),
-               classes=_or_none(lambda v: isinstance(v, list) and all(isinstance(o, str) for o in v)), stats=_or_none(lambda v: isinstance(v, list) and len(v)==2 and all(map(_is_numbers, v))),
-               image_size=_or_none(_is_int(1, 8192)), policy=_or_none(_is_policy), costs=_is_costs, eed_fastai=lambda v: isinstance(v, str), torch=lambda v: isinstance(v, str), sha256=lambda v: isinstance(v, str), digest=lambda v: isinstance(v, str))
+_text,_small,_number = dict(type='string'),dict(type=['boolean','string','null','number'], maxLength=199, minimum=-2**16, maximum=2**16),dict(type='number', minimum=-1e308, maximum=1e308)
+_numbers,_kwargs = dict(type='array', items=_number),dict(type='object', additionalProperties=_small)
+_parts = _exactly(stage=_numbers, head=_numbers)
+_schema = _exactly(
+    format=dict(enum=[_format]), version=_whole(_version, _version), arch=_exactly(source=_text, name=_text, kwargs=_kwargs), head=_exactly(name=dict(enum=list(_heads)), kwargs=_kwargs), n_out=_whole(1, 10**6), n_in=_whole(1, 1024),
+    cuts=_or_none(dict(type='array', items=_small, maxItems=99)), n_exits=_or_none(_whole(2, 100)), kept=dict(type='boolean'), size=_whole(1, 1024), classes=_or_none(dict(type='array', items=_text)),
+    stats=_or_none(dict(type='array', items=_numbers, minItems=2, maxItems=2)), image_size=_or_none(_whole(1, 8192)),
+    policy=_or_none(_exactly(thresholds=dict(type='array', items=_or_none(_number)), score=dict(enum=list(_scores)), temperatures=_or_none(dict(type='array', items={**_number, 'minimum': 0, 'exclusiveMinimum': True})))),
+    costs=dict(type='object', properties=dict(macs=_parts, ms=_parts, hardware=_text, images=_or_none(_whole(1, 2**31))), additionalProperties=False), eed_fastai=_text, torch=_text, sha256=_text, digest=_text)
+_Checker = jsonschema.validators.extend(jsonschema.Draft4Validator, type_checker=jsonschema.Draft4Validator.TYPE_CHECKER.redefine('number', lambda _,v: isinstance(v, (int,float)) and not isinstance(v, bool) and v==v))       # NaN is none
 
 # %% ../nbs/12_export.ipynb #be1eb056
 def read_config(
@@ -175,35 +156,28 @@ def read_config(
     _check_config(file, config)
     return config
 
-# %% ../nbs/12_export.ipynb #292cbcb6
-def _is_right(k, v):
-    try: return _fields[k](v)
-    except Exception: return False              # what a check cannot even look at is wrong
-
 # %% ../nbs/12_export.ipynb #bcf965b5
 def _check_config(file, config):
     if not isinstance(config, dict) or config.get('format')!=_format: raise ValueError(f"{file} does not describe a network of eed_fastai; give a folder that `save_multi_exit` or `eed_train` wrote")
     if config.get('version')!=_version: raise ValueError(f"{file} has version {config.get('version')!r} of the format, and this eed_fastai ({eed_fastai.__version__}) reads version {_version}; it was written by eed_fastai {config.get('eed_fastai')!r}, so install that one")
-    if unknown := set(config) - set(_fields): raise ValueError(f"{file} names {', '.join(sorted(map(str, unknown)))}, which such a file does not have (the weights are always in model.safetensors beside it; nothing outside the folder is read). It was altered")
-    if missing := set(_fields) - set(config): raise ValueError(f"{file} does not say {', '.join(sorted(missing))}; it was altered or cut short")
-    bad = [k for k in _fields if not _is_right(k, config[k])]
-    if bad: raise ValueError(f"{file} says {bad[0]} = {str(config[bad[0]])[:80]!r}, which cannot be; it was altered")
+    if unknown := set(config) - set(_schema['properties']): raise ValueError(f"{file} names {', '.join(sorted(map(str, unknown)))}, which such a file does not have (the weights are always in model.safetensors beside it; nothing outside the folder is read). It was altered")
+    if missing := set(_schema['properties']) - set(config): raise ValueError(f"{file} does not say {', '.join(sorted(missing))}; it was altered or cut short")
+    if e := next(_Checker(_schema).iter_errors(config), None): raise ValueError(f"{file} says {e.path[0]} = {str(config[e.path[0]])[:80]!r}, which cannot be; it was altered")
     if config['stats'] is not None and {len(o) for o in config['stats']}!={config['n_in']}: raise ValueError(f"{file} has means and deviations that do not fit {config['n_in']} channels; it was altered")
     if config['classes'] is not None and len(config['classes'])!=config['n_out']: raise ValueError(f"{file} has {len(config['classes'])} names for {config['n_out']} classes; it was altered")
-    if _digest(config)!=config['digest']: raise ValueError(f"{file} was altered after it was written: its checksum does not fit. Save the network again with `save_multi_exit`")
+    if (p := config['policy']) and p['temperatures'] is not None and len(p['temperatures'])!=len(p['thresholds'])+1: raise ValueError(f"{file} says policy = {str(p)[:80]!r}, which cannot be; it was altered")
+    if _signed(config)!=config: raise ValueError(f"{file} was altered after it was written: its checksum does not fit. Save the network again with `save_multi_exit`")
 
 # %% ../nbs/12_export.ipynb #35095cfb
 def _read_weights(folder, config):
     "The weights by name, after everything that can be known of them without making a network"
-    from safetensors import SafetensorError
-    from safetensors.torch import load
     file = Path(folder)/'model.safetensors'
     if not file.is_file(): raise FileNotFoundError(f"There is no {file} beside config.json; copy the whole folder")
     data = file.read_bytes()
     if (data[:2]==b'PK' or data[:1]==b'\x80') and data[8:9]!=b'{': raise ValueError(f"{file} is no safetensors file but looks like a pickle (what `torch.save` writes), which can run code when it is opened. It was not opened; ask for safetensors")
     if _sha(data)!=config['sha256']: raise ValueError(f"{file} is not the file that config.json describes: its checksum does not fit. It was cut short or altered, or is of another network; copy both again")
-    try: return load(data)
-    except SafetensorError as e: raise ValueError(f"{file} is no safetensors file ({e}); it was altered") from e
+    try: return safetensors.torch.load(data)
+    except safetensors.SafetensorError as e: raise ValueError(f"{file} is no safetensors file ({e}); it was altered") from e
 
 # %% ../nbs/12_export.ipynb #b389c483
 def _check_size(arch, config, state):
@@ -247,17 +221,8 @@ def write_policy(
     "Change when a saved network stops"
     config = read_config(folder)
     config['policy'] = _policy_words(policy)
-    if times is not None: config['costs'] |= _times_words(times)
-    config['digest'] = _digest(config)
-    write_whole(Path(folder)/'config.json', lambda p: p.write_text(json.dumps(config, indent=1)))
-
-# %% ../nbs/12_export.ipynb #761d8442
-def _to_onnx(module, x, file, outputs):
-    import logging
-    for o in ('torch.onnx', 'onnxscript', 'onnx_ir'): logging.getLogger(o).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        torch.onnx.export(module, (x,), file, input_names=['x'], output_names=outputs, dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, external_data=False, verbose=False)
+    config['costs'] |= _times_words(times)
+    write_whole(Path(folder)/'config.json', lambda p: p.write_text(json.dumps(_signed(config), indent=1)))
 
 # %% ../nbs/12_export.ipynb #b541254e
 def export_onnx(
@@ -277,20 +242,21 @@ def export_onnx(
     policy = policy or getattr(model, 'policy', None) or ExitPolicy([math.inf]*(model.n_exits-1))
     words = dict(n_exits=model.n_exits, n_in=model.n_in, size=size, **_policy_words(policy), classes=classes and [*map(str, classes)] or config.get('classes'), stats=stats or config.get('stats'))
     if folder.exists(): raise FileExistsError(f"{folder} exists already; give the name of a folder that is to be made")
-    tmp = folder.with_name(f'.{folder.name}.new')
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as d:
+        (tmp := Path(d)/folder.name).mkdir()
         _write_graphs(deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format), tmp, size)
         (tmp/'exits.json').write_text(json.dumps(words, indent=1))
         shutil.copy(Path(eed_fastai.__file__).parent/'runtime.py', tmp/'runtime.py')
         tmp.rename(folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
 # %% ../nbs/12_export.ipynb #89446154
 def _write_graphs(model, folder, size):
-    with evaluating(model):
+    for o in ('torch.onnx', 'onnxscript', 'onnx_ir'): logging.getLogger(o).setLevel(logging.ERROR)
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         x = torch.randn(2, model.n_in, size, size)
         for i,(stage,head) in enumerate(model):
-            _to_onnx(stage, x, folder/f'stage{i}.onnx', ['map'])
-            _to_onnx(LogitsOf(head), x := stage(x), folder/f'head{i}.onnx', ['logits'])
+            for part,x,name,out in ((stage, x, f'stage{i}', 'map'), (LogitsOf(head), stage(x), f'head{i}', 'logits')):
+                torch.onnx.export(part, (x,), folder/f'{name}.onnx', input_names=['x'], output_names=[out], dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, external_data=False, verbose=False)
