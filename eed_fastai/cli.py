@@ -7,7 +7,7 @@ __all__ = ['new_run_folder', 'run_facts', 'write_results', 'WriteHistory', 'eed_
            'eed_predict', 'eed_export']
 
 # %% ../nbs/13_cli.ipynb #af077959
-import hashlib, json, platform
+import contextlib, functools, hashlib, json, platform
 import fastai, torchvision
 from fastai.vision.all import *
 from fastcore.script import *
@@ -28,12 +28,9 @@ def new_run_folder(
     name:str='run', # Stem of that free name
 ) -> Path: # The folder, made
     "A folder that did not exist before"
-    if out is not None and Path(out).exists(): raise FileExistsError(f"{out} exists already, and a run never writes over another; give `--out` another name, or remove it")
-    folders = [Path(out)] if out is not None else (Path('runs')/f'{name}-{i}' for i in itertools.count(1))
-    for folder in folders:
-        try: folder.mkdir(parents=True); return folder
-        except FileExistsError:
-            if out is not None: raise
+    for folder in [Path(out)] if out is not None else (Path('runs')/f'{name}-{i}' for i in itertools.count(1)):
+        with contextlib.suppress(FileExistsError): folder.mkdir(parents=True); return folder
+    raise FileExistsError(f"{out} exists already, and a run never writes over another; give `--out` another name, or remove it")
 
 # %% ../nbs/13_cli.ipynb #df1c2042
 def run_facts(
@@ -47,6 +44,17 @@ def run_facts(
 def _percent(df):
     return df.to_string(index=False, formatters=dict(accuracy='{:.2%}'.format, share='{:.1%}'.format, macs='{:,.0f}'.format, params='{:,.0f}'.format, activation_mb='{:.2f}'.format))
 
+# %% ../nbs/13_cli.ipynb #d3c2b044
+def _write(out, name, table, picture, draw):
+    "A table and its picture"
+    write_whole(out/name, partial(table.to_csv, index=False))
+    fig,ax = plt.subplots(figsize=(6,4), dpi=120)
+    draw(ax=ax)
+    ax.set_title(out.name)
+    write_whole(out/picture, partial(fig.savefig, format='png', bbox_inches='tight'))
+    plt.close(fig)
+    return table
+
 # %% ../nbs/13_cli.ipynb #eb4805ba
 def write_results(
     learn:Learner, # A trained Learner
@@ -54,13 +62,7 @@ def write_results(
 ) -> pd.DataFrame: # The table of exits
     "`exits.csv` and `curve.png` in `out`"
     with learn.no_bar(): table = learn.exit_table()
-    write_whole(out/'exits.csv', partial(table.to_csv, index=False))
-    fig,ax = plt.subplots(figsize=(6,4), dpi=120)
-    plot_exits(table, ax=ax)
-    ax.set_title(out.name)
-    write_whole(out/'curve.png', partial(fig.savefig, format='png', bbox_inches='tight'))
-    plt.close(fig)
-    return table
+    return _write(out, 'exits.csv', table, 'curve.png', partial(plot_exits, table))
 
 # %% ../nbs/13_cli.ipynb #466f6869
 class WriteHistory(Callback):
@@ -88,14 +90,11 @@ def _stats(dls):
     norm = first(dls.valid.after_batch.fs.filter(risinstance(Normalize)))
     return norm and [o.flatten().tolist() for o in (norm.mean, norm.std)]
 
-# %% ../nbs/13_cli.ipynb #d23b6823
-def _save(learn, out, **kw):
-    return save_multi_exit(learn.model, out, classes=list(learn.dls.vocab), stats=_stats(learn.dls), image_size=learn.dls.valid.one_batch()[0].shape[-1], **kw)
-
 # %% ../nbs/13_cli.ipynb #7ad794e8
-def _fit(learn, epochs, lr, pretrained, out):
+def _fit(learn, epochs, lr, pretrained):
+    "Train, and save whatever comes of it"
     try: learn.fine_tune(epochs, lr) if pretrained else learn.fit_one_cycle(epochs, lr)
-    finally: _save(learn, out)
+    finally: save_multi_exit(learn.model, learn.path, classes=list(learn.dls.vocab), stats=_stats(learn.dls), image_size=learn.dls.valid.one_batch()[0].shape[-1])
 
 # %% ../nbs/13_cli.ipynb #d3c34354
 def _fingerprint(dls):
@@ -103,35 +102,19 @@ def _fingerprint(dls):
     def one(o): return '/'.join(Path(o).parts[-2:]).encode() if isinstance(o, (str, Path)) else np.asarray(o[0]).tobytes()
     return hashlib.sha1(b''.join(map(one, dls.valid_ds.items))).hexdigest()
 
-# %% ../nbs/13_cli.ipynb #c4f4adb4
-def _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained, n_exits, fp16, skip_unreadable, out):
-    options = dict(locals())
-    if epochs<1: raise ValueError(f"`epochs` is {epochs}; train for one at least")
-    if fp16 and not torch.cuda.is_available(): raise ValueError("--fp16 needs a GPU, and there is none here; leave it out")
-    make,kw = find_arch(arch),_by_name('recipe', recipe, {k:v for k,v in recipes.items() if v.get('teacher') is not ExternalTeacher})
-    set_seed(seed)
-    dls = _data(data, bs, size, valid_pct, seed, skip_unreadable)
-    learn = multi_exit_learner(dls, make, pretrained=pretrained, metrics=accuracy, head=kw.head, n_exits=n_exits, cbs=EEDCallback(**kw))
-    if fp16: learn.to_fp16()
-    out = new_run_folder(out, f"{Path(data).name}-{arch.replace('/', '-')}-{recipe}")
-    if Path(data).exists(): options['data'] = str(Path(data).resolve())
-    facts = dict(run_facts(**options), judged_by=_fingerprint(dls))
-    write_whole(out/'run.json', lambda p: p.write_text(json.dumps(facts, indent=1, default=str)))
-    learn.path,learn.model_dir = out,'.'
-    with learn.added_cbs(WriteHistory(out/'history.csv')): _fit(learn, epochs, lr, pretrained, out)
-    return learn, write_results(learn, out)
-
 # %% ../nbs/13_cli.ipynb #a6eb46af
-@contextmanager
-def _one_line(command):
-    "On the command line, a mistake is one line and no traceback"
-    try: yield
-    except (ValueError, TypeError, OSError, ImportError) as e:
-        if is_cli(command): raise CliError(f'{command.__name__}: {e}') from e
-        raise
+def _command(f):
+    "Make a command of `f`, which gives a result for Python and a text for the shell; there a mistake is one line and no traceback"
+    @functools.wraps(f)
+    def run(*args, **kwargs):
+        if not is_cli(command): return f(*args, **kwargs)[0]
+        try: print(f(*args, **kwargs)[1])
+        except (ValueError, TypeError, OSError, ImportError) as e: raise CliError(f'{f.__name__}: {e}') from e
+    command = call_parse(run)
+    return command
 
 # %% ../nbs/13_cli.ipynb #6111d2aa
-@call_parse
+@_command
 def eed_train(
     data:str='digits', # digits (scikit-learn's, no download), cifar100 (downloaded), or a folder: class folders, train and valid with class folders, or CIFAR-100
     arch:str='resnet18', # Network: a CNN of torchvision (resnet18), of eed_fastai (cifar_resnet18), of fastai (xresnet18) or of timm (timm/convnextv2_atto)
@@ -149,25 +132,36 @@ def eed_train(
     out:str=None, # Folder to make for the results (a new one below runs)
 ):
     "Train a multi-exit network by Exit-Ensemble Distillation, and show what each exit is worth"
-    with _one_line(eed_train): learn,table = _train(data, arch, recipe, epochs, lr, bs, size, valid_pct, seed, pretrained, n_exits, fp16, skip_unreadable, out)
-    if not is_cli(eed_train): return learn, table
-    print(f'\n{_percent(table)}\n\nmacs: multiply-adds for one image; share: of the main network\'s; ensemble: the mean of all exits\' logits')
-    print(f'Wrote model.safetensors and config.json, history.csv, exits.csv, curve.png and run.json to {learn.path}')
+    options = {**locals(), 'data': str(Path(data).resolve()) if data!='digits' and Path(data).exists() else data}
+    if epochs<1: raise ValueError(f"`epochs` is {epochs}; train for one at least")
+    if fp16 and not torch.cuda.is_available(): raise ValueError("--fp16 needs a GPU, and there is none here; leave it out")
+    make,kw = find_arch(arch),_by_name('recipe', recipe, {k:v for k,v in recipes.items() if v.get('teacher') is not ExternalTeacher})
+    set_seed(seed)
+    dls = _data(data, bs, size, valid_pct, seed, skip_unreadable)
+    learn = multi_exit_learner(dls, make, pretrained=pretrained, metrics=accuracy, head=kw.head, n_exits=n_exits, cbs=EEDCallback(**kw))
+    if fp16: learn.to_fp16()
+    learn.path,learn.model_dir = new_run_folder(out, f"{Path(data).name}-{arch.replace('/', '-')}-{recipe}"),'.'
+    write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(dict(run_facts(**options), judged_by=_fingerprint(dls)), indent=1, default=str)))
+    with learn.added_cbs(WriteHistory(learn.path/'history.csv')): _fit(learn, epochs, lr, pretrained)
+    table = write_results(learn, learn.path)
+    return (learn, table), f"""
+{_percent(table)}
+
+macs: multiply-adds for one image; share: of the main network's; ensemble: the mean of all exits' logits
+Wrote model.safetensors and config.json, history.csv, exits.csv, curve.png and run.json to {learn.path}"""
 
 # %% ../nbs/13_cli.ipynb #e7a2a8af
-def _run_learner(run, data=None, bs=None):
+def _run_learner(run, data=None):
     "The run's network in a Learner with the data that it was trained and judged with, or with other data of the same classes"
-    run = Path(run)
-    model,facts = load_multi_exit(run),run/'run.json'
-    if not facts.is_file(): raise FileNotFoundError(f"There is no {facts}, which says what the run was trained on; give a folder that `eed_train` wrote")
-    o = json.loads(facts.read_text())['options']
+    model,file = load_multi_exit(run),Path(run)/'run.json'
+    if not file.is_file(): raise FileNotFoundError(f"There is no {file}, which says what the run was trained on; give a folder that `eed_train` wrote")
+    facts = json.loads(file.read_text())
+    o = facts['options']
     set_seed(o['seed'])
-    dls = _data(data or o['data'], bs or o['bs'], o['size'], o['valid_pct'], o['seed'], o['skip_unreadable'])
-    if data is None and _fingerprint(dls)!=json.loads(facts.read_text()).get('judged_by'): raise ValueError(f"The images in {o['data']} have changed since {run}, so some that trained might now judge. Pass images that did not train as `--data`")
+    dls = _data(data or o['data'], o['bs'], o['size'], o['valid_pct'], o['seed'], o['skip_unreadable'])
+    if data is None and _fingerprint(dls)!=facts.get('judged_by'): raise ValueError(f"The images in {o['data']} have changed since {run}, so some that trained might now judge. Pass images that did not train as `--data`")
     if list(dls.vocab)!=model.config['classes']: raise ValueError(f"{data or o['data']} has the classes {', '.join(dls.vocab)}, but {run} was trained on {', '.join(model.config['classes'])}")
-    learn = Learner(dls, model.to(ifnone(dls.device, default_device())), metrics=accuracy, cbs=EEDCallback(), path=run, model_dir='.')
-    learn.policy = model.policy
-    return learn
+    return Learner(dls, model.to(ifnone(dls.device, default_device())), metrics=accuracy, cbs=EEDCallback(), path=Path(run), model_dir='.')
 
 # %% ../nbs/13_cli.ipynb #f0b0128c
 def write_early(
@@ -175,31 +169,14 @@ def write_early(
     out:Path, # A folder
 ): # The policy's report, as a row for each figure
     "`early.csv` and `early.png` in `out`: what came of a budget, and what other budgets would give"
-    report = learn.policy.report.T.rename_axis('figure').reset_index()
-    write_whole(out/'early.csv', partial(report.to_csv, index=False))
     z,y = learn.exit_logits()
     z,macs = learn.policy.scaled(z),part_macs(learn.model, learn.dls.valid.one_batch()[0].shape[-2:])
     (fit,judge),shares = [(z[o],y[o]) for o in random_halves(len(y))],macs/alone_costs(macs)[-1]
-    fig,ax = plt.subplots(figsize=(6,4), dpi=120)
-    plot_early(anytime_curve(*judge, shares), budgeted_curve(fit, judge, shares), "share of the main network's multiply-adds", ax)
-    ax.set_title(out.name)
-    write_whole(out/'early.png', partial(fig.savefig, format='png', bbox_inches='tight'))
-    plt.close(fig)
-    return report
-
-# %% ../nbs/13_cli.ipynb #cd662246
-def _eval(run, budget, ms, drop, data, bs):
-    learn = _run_learner(run, data)
-    table = learn.exit_table()
-    if (budget, ms, drop)==(None, None, None): return learn,table,None
-    learn.fit_policy(budget, ms, drop, bs=bs)
-    report = write_early(learn, Path(run))
-    times = part_times(learn.model, learn.dls.valid.one_batch()[0][:bs])
-    write_policy(run, learn.policy, times)
-    return learn,table,report
+    draw = partial(plot_early, anytime_curve(*judge, shares), budgeted_curve(fit, judge, shares), "share of the main network's multiply-adds")
+    return _write(out, 'early.csv', learn.policy.report.T.rename_axis('figure').reset_index(), 'early.png', draw)
 
 # %% ../nbs/13_cli.ipynb #7acefd44
-@call_parse
+@_command
 def eed_eval(
     run:str, # Folder that eed_train wrote
     budget:float=None, # Find out when to stop, so that an image costs at most this share of the main network's multiply-adds (0.5: half)
@@ -209,13 +186,19 @@ def eed_eval(
     bs:int=1, # Images in a batch, as they will come; for --ms
 ):
     "Judge a run again, and find out when its network may stop early"
-    with _one_line(eed_eval): learn,table,report = _eval(run, budget, ms, drop, data, bs)
-    if not is_cli(eed_eval): return learn,table,report
-    print(_percent(table))
-    if report is None: return
-    print(f'\nWith early exit (thresholds {", ".join("closed" if t>1 else f"{t:.4f}" for t in learn.policy.thresholds)}):\n{report.to_string(index=False, float_format="{:.4g}".format, na_rep="")}')
-    print(f'\nfitted and reported on different halves of the images; cost {"and target in milliseconds for an image" if ms else "as a share of the main network"}')
-    print(f'Wrote the policy into config.json, and early.csv and early.png, in {run}')
+    learn = _run_learner(run, data)
+    table = learn.exit_table()
+    if (budget, ms, drop)==(None, None, None): return (learn, table, None), _percent(table)
+    learn.fit_policy(budget, ms, drop, bs=bs)
+    report = write_early(learn, Path(run))
+    write_policy(run, learn.policy, part_times(learn.model, learn.dls.valid.one_batch()[0][:bs]))
+    return (learn, table, report), f"""{_percent(table)}
+
+With early exit (thresholds {', '.join('closed' if t>1 else f'{t:.4f}' for t in learn.policy.thresholds)}):
+{report.to_string(index=False, float_format='{:.4g}'.format, na_rep='')}
+
+fitted and reported on different halves of the images; cost {'and target in milliseconds for an image' if ms else 'as a share of the main network'}
+Wrote the policy into config.json, and early.csv and early.png, in {run}"""
 
 # %% ../nbs/13_cli.ipynb #a0002807
 def _files(images):
@@ -238,20 +221,8 @@ def load_images(
     x = torch.stack([one(f) for f in files]).float()/255
     return x if stats is None else (x-tensor(stats[0])[:,None,None])/tensor(stats[1])[:,None,None]
 
-# %% ../nbs/13_cli.ipynb #a1e3581f
-def _predict(run, images, budget, ms, drop, bs):
-    files,model = _files(images),load_multi_exit(run)
-    policy = model.policy or ExitPolicy([math.inf]*(model.n_exits-1))
-    if (budget, ms, drop)!=(None, None, None): policy = _run_learner(run).fit_policy(budget, ms, drop)
-    model,rows = model.to(default_device()),[]
-    for part in progress_bar([files[i:i+bs] for i in range(0, len(files), bs)], leave=False):
-        z,idx = policy(model, load_images(part, model.config['image_size'], model.config['stats']).to(default_device()))
-        p,best = z.softmax(-1).max(-1)
-        rows += [dict(file=str(f), answer=model.config['classes'][b], probability=round(q, 4), exit=model.exit_names[i]) for f,b,q,i in zip(part, best.tolist(), p.tolist(), idx.tolist())]
-    return pd.DataFrame(rows)
-
 # %% ../nbs/13_cli.ipynb #941e0f5c
-@call_parse
+@_command
 def eed_predict(
     run:str, # Folder that eed_train wrote
     *images:str, # Image files, or folders with images
@@ -262,22 +233,25 @@ def eed_predict(
     csv:str=None, # Write the answers to this file
 ):
     "Answers for images, and the exit at which each left"
-    with _one_line(eed_predict):
-        df = _predict(run, images, budget, ms, drop, bs)
-        if csv: write_whole(Path(csv), partial(df.to_csv, index=False))
-    if not is_cli(eed_predict): return df
-    print(f'Wrote {len(df)} answers to {csv}' if csv else df.to_string(index=False))
-    print(', '.join(f'{n} left at {e}' for e,n in df.exit.value_counts().items()))
+    files,model = _files(images),load_multi_exit(run)
+    policy = model.policy or ExitPolicy([math.inf]*(model.n_exits-1))
+    if (budget, ms, drop)!=(None, None, None): policy = _run_learner(run).fit_policy(budget, ms, drop)
+    model,rows = model.to(default_device()),[]
+    for part in progress_bar([files[i:i+bs] for i in range(0, len(files), bs)], leave=False):
+        z,idx = policy(model, load_images(part, model.config['image_size'], model.config['stats']).to(default_device()))
+        p,best = z.softmax(-1).max(-1)
+        rows += [dict(file=str(f), answer=model.config['classes'][b], probability=round(q, 4), exit=model.exit_names[i]) for f,b,q,i in zip(part, best.tolist(), p.tolist(), idx.tolist())]
+    df = pd.DataFrame(rows)
+    if csv: write_whole(Path(csv), partial(df.to_csv, index=False))
+    return df, (f'Wrote {len(df)} answers to {csv}' if csv else df.to_string(index=False)) + '\n' + ', '.join(f'{n} left at {e}' for e,n in df.exit.value_counts().items())
 
 # %% ../nbs/13_cli.ipynb #bf0b8817
-@call_parse
+@_command
 def eed_export(
     run:str, # Folder that eed_train wrote
     out:str=None, # Folder to make (onnx in the run's)
 ):
     "A run's network as ONNX graphs, one for each stage and each head, with a runtime that needs numpy and onnxruntime only"
-    with _one_line(eed_export):
-        model = load_multi_exit(run)
-        folder = export_onnx(model, out or Path(run)/'onnx', model.config['image_size'])
-    if not is_cli(eed_export): return folder
-    print(f'Wrote {len(list(folder.glob("*.onnx")))} graphs, exits.json and runtime.py to {folder}; run `from runtime import OnnxExits` there')
+    model = load_multi_exit(run)
+    folder = export_onnx(model, out or Path(run)/'onnx', model.config['image_size'])
+    return folder, f'Wrote {len(list(folder.glob("*.onnx")))} graphs, exits.json and runtime.py to {folder}; run `from runtime import OnnxExits` there'

@@ -67,6 +67,7 @@ class OnnxExits:
         names = [f'{o}{i}.onnx' for i in range(self.n_exits) for o in ('stage','head')]
         if missing := [o for o in names if not (folder/o).is_file()]: raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the whole folder")
         self.graphs = {o: onnxruntime.InferenceSession(str(folder/o), providers=list(providers)) for o in names}
+        self.n_out = self.graphs['head0.onnx'].get_outputs()[0].shape[1]
 
     def run(self, name, x): return self.graphs[name].run(None, {'x': x})[0]
 
@@ -80,13 +81,12 @@ class OnnxExits:
         "Logits `(b,n_out)`, divided by the exits' temperatures, and index of the exit `(b,)` for images `(b,n_in,h,w)`; a threshold of None, or above 1, closes an exit"
         thresholds = self.thresholds if thresholds is None else list(thresholds)
         if len(thresholds)!=self.n_exits-1: raise ValueError(f"{len(thresholds)} thresholds for {self.n_exits} exits; give one for each but the last")
-        rows,zs,out,idx = np.arange(len(x)),[],None,np.full(len(x), self.n_exits-1)
+        rows,zs,out,idx = np.arange(len(x)),[],np.zeros((len(x), self.n_out), np.float32),np.full(len(x), self.n_exits-1)
         for i in range(self.n_exits):
             x,last = self.run(f'stage{i}.onnx', x),i==self.n_exits-1
             if not last and (thresholds[i] is None or thresholds[i]>1): continue
             zs.append(self.run(f'head{i}.onnx', x)/(self.temperatures[i] if self.temperatures else 1))
             go = np.full(len(x), True) if last else scores[self.score](np.stack(zs, 1))>=thresholds[i]
-            if out is None: out = np.zeros((len(rows), zs[0].shape[1]), np.float32)
             out[rows[go]],idx[rows[go]] = zs[-1][go],i
             if go.all(): break
             if go.any(): x,rows,zs = x[~go],rows[~go],[z[~go] for z in zs]
