@@ -162,7 +162,9 @@ def _check_config(file, config):
     if config.get('version')!=_version: raise ValueError(f"{file} has version {config.get('version')!r} of the format, and this eed_fastai ({eed_fastai.__version__}) reads version {_version}; it was written by eed_fastai {config.get('eed_fastai')!r}, so install that one")
     if unknown := set(config) - set(_schema['properties']): raise ValueError(f"{file} names {', '.join(sorted(map(str, unknown)))}, which such a file does not have (the weights are always in model.safetensors beside it; nothing outside the folder is read). It was altered")
     if missing := set(_schema['properties']) - set(config): raise ValueError(f"{file} does not say {', '.join(sorted(missing))}; it was altered or cut short")
-    if e := next(_Checker(_schema).iter_errors(config), None): raise ValueError(f"{file} says {e.path[0]} = {str(config[e.path[0]])[:80]!r}, which cannot be; it was altered")
+    try: e = next(_Checker(_schema).iter_errors(config), None)
+    except RecursionError as e: raise ValueError(f"{file} is nested too deeply to be a description; it was altered") from e
+    if e: raise ValueError(f"{file} says {e.path[0]} = {str(config[e.path[0]])[:80]!r}, which cannot be; it was altered")
     if config['stats'] is not None and {len(o) for o in config['stats']}!={config['n_in']}: raise ValueError(f"{file} has means and deviations that do not fit {config['n_in']} channels; it was altered")
     if config['classes'] is not None and len(config['classes'])!=config['n_out']: raise ValueError(f"{file} has {len(config['classes'])} names for {config['n_out']} classes; it was altered")
     if (p := config['policy']) and p['temperatures'] is not None and len(p['temperatures'])!=len(p['thresholds'])+1: raise ValueError(f"{file} says policy = {str(p)[:80]!r}, which cannot be; it was altered")

@@ -1,5 +1,5 @@
 "Early exit: equal to indexing the full forward, whatever leaves; budgets kept, limits that hold; and files that cannot harm."
-import itertools, math, subprocess, sys
+import itertools, json, math, subprocess, sys
 from collections import Counter
 from copy import deepcopy
 import numpy as np
@@ -233,6 +233,14 @@ def test_saved_and_loaded(arch, kw, tmp_path):
     x = torch.randn(2, model.n_in, 64, 64)
     with torch.no_grad(): assert torch.equal(model.all_exits(x).logits, again.all_exits(x).logits)
     assert sorted(o.name for o in (tmp_path/'m').iterdir())==['config.json','model.safetensors'] and len(list(tmp_path.iterdir()))==1
+
+@pytest.mark.parametrize('field', ['cuts','costs'])
+def test_deep_nesting_is_an_error_that_says_so(field, tmp_path):
+    folder = save_multi_exit(multi_exit(tiny_resnet, 3), tmp_path/'m')
+    text = json.loads((folder/'config.json').read_text())
+    for depth in (10, 200, *range(940, 1010), 5000):
+        (folder/'config.json').write_text(json.dumps({**text, field: 0}).replace(f'"{field}": 0', f'"{field}": ' + '['*depth + ']'*depth))
+        with pytest.raises(ValueError): read_config(folder)
 
 @pytest.mark.parametrize('begins', [b'\x80', b'PK'])
 def test_a_good_file_may_begin_like_a_pickle(begins, tmp_path):
