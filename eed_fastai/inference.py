@@ -10,11 +10,10 @@ __all__ = ['fixed_grid', 'max_prob', 'margin', 'entropy', 'patience', 'early_exi
            'random_halves']
 
 # %% ../nbs/10_inference.ipynb #715aa3dd
-import warnings
 from fastai.vision.all import *
 from matplotlib.ticker import PercentFormatter
-from scipy.optimize import minimize_scalar
-from scipy.stats import beta as beta_dist
+from scipy import optimize,stats
+from torch.utils.benchmark import timer
 from .stages import evaluating
 from .model import *
 from .metrics import _replaced
@@ -73,38 +72,37 @@ def early_exit(
     if (model := unwrap(found := model)) is None: raise TypeError(f"{type(found).__name__} has no exits; put some on it with `multi_exit`")
     x = x.as_subclass(Tensor)                              # fastai's own kind of tensor takes a detour at every operation
     model._check(x)
-    thresholds,k,zs,left = _thresholds_for(model, thresholds, temperatures),model.n_exits,[],[]
-    rows,gone,n_gone = None,None,0           # None: all, in order; none
+    thresholds,k,zs = _thresholds_for(model, thresholds, temperatures),model.n_exits,[]
+    rows = at = None                         # where those who stay are in the input, and in `x` (None: all, in order)
     with evaluating(model) if _in_training(model) else torch.no_grad():
         for i,(_,head) in enumerate(model):
             x = model._stage(i, x)
             if i<k-1 and thresholds[i]>1: continue
-            zs.append(_answer(head, x, 1 if temperatures is None else temperatures[i]))
-            go,b = _leaves(zs, score, thresholds[i]) if i<k-1 else None,len(x)      # None: all
-            if gone is not None: go = ~gone if go is None else go & ~gone
+            zs.append(_answer(head, x, at, 1 if temperatures is None else temperatures[i]))
+            go,b = _leaves(zs, score, thresholds[i]) if i<k-1 else None,len(zs[-1])      # None: all
             n = b if go is None else int(go.sum())
             if b and not n: continue
-            left.append((rows, zs[-1], i) if n==b else (_at(rows, go), zs[-1][go], i))
-            gone,n_gone = go if gone is None else gone|go,n_gone+n
-            if n_gone==b: break
-            if n_gone>=compact*b:
-                keep = (~gone).nonzero().squeeze(1)
-                x,rows,zs,gone,n_gone = x[keep],_at(rows, keep),[z[keep] for z in zs],None,0
-    return _in_order(left)
+            out,where = (zs[-1], torch.full((b,), i, device=x.device)) if rows is None else (out.index_copy_(0, rows, zs[-1]), where.index_fill_(0, rows, i))
+            if n==b: break
+            stay = (~go).nonzero().squeeze(1)                                            # their answers will be written over
+            rows,at,zs = _within(rows, stay),_within(at, stay),[z[stay] for z in zs]
+            if len(x)-len(stay)>=compact*len(x): x,at = x[at],None
+    return out,where
 
 # %% ../nbs/10_inference.ipynb #a53dc23e
-def _answer(head, x, temperature):
-    "A head's logits, in float32 at least: probabilities near 1 are all the same in half precision"
-    z = head(x)[0]
+def _answer(head, x, at, temperature):
+    "A head's logits of the images at `at`, in float32 at least: probabilities near 1 are all the same in half precision"
+    z = head(x)[0] if at is None else head(x)[0][at]
     return (z.float() if z.dtype in (torch.half, torch.bfloat16) else z)/temperature
 
 # %% ../nbs/10_inference.ipynb #a1508a72
 def _in_training(model):
-    "`any(m.training for m in model.modules())` in half the time, as it is asked at every answer"
+    "`any(m.training for m in model.modules())` in a quarter of the time, as it is asked at every answer"
     todo = [model]
     for m in todo:
-        if m.training: return True
-        todo += [o for o in m._modules.values() if o is not None]
+        if m is not None:                                  # a place for a module may be empty
+            if m.training: return True
+            todo += m._modules.values()
     return False
 
 # %% ../nbs/10_inference.ipynb #32e389c4
@@ -113,16 +111,8 @@ def _leaves(zs, score, threshold):
     if s.shape!=(len(zs[-1]),): raise ValueError(f"The score gives a tensor of shape {tuple(s.shape)} for {len(zs[-1])} images; it should take logits (batch, exits so far, classes) and give one number for each image, shape ({len(zs[-1])},)")
     return s>=threshold
 
-# %% ../nbs/10_inference.ipynb #538e7303
-def _in_order(left):
-    "Logits and exit of each image in the order of the input, from triples (rows, logits, exit)"
-    idx = [torch.full((len(z),), i, device=z.device) for _,z,i in left]
-    if len(left)==1: return left[0][1],idx[0]
-    order = torch.cat([r for r,_,_ in left]).argsort()
-    return torch.cat([z for _,z,_ in left])[order],torch.cat(idx)[order]
-
 # %% ../nbs/10_inference.ipynb #fd48b609
-def _at(rows, keep): return rows[keep] if rows is not None else keep if keep.dtype!=torch.bool else keep.nonzero().squeeze(1)
+def _within(rows, at): return at if rows is None else rows[at]
 
 # %% ../nbs/10_inference.ipynb #d33463dc
 def exits_taken(
@@ -136,15 +126,13 @@ def exits_taken(
 
 # %% ../nbs/10_inference.ipynb #4676ce2f
 def _scores_of(z, ok, score):
-    "Scores `(n,k)` of the k open exits `ok`"
-    return torch.stack([score(z[:,ok[:j+1]]) for j in range(len(ok))], 1) if ok else z.new_zeros(len(z), 0)
+    "Scores `(n,k)` of the k open exits `ok`, as floats"
+    return 1.*torch.stack([score(z[:,ok[:j+1]]) for j in range(len(ok))]).T if ok else z.new_zeros(len(z), 0)
 
 # %% ../nbs/10_inference.ipynb #8bc14f4c
 def _where(s, ts, ok, last):
-    "The first exit whose score reaches its threshold"
-    where = torch.full((len(s),), last, device=s.device)
-    for j in reversed(range(len(ok))): where[s[:,j]>=ts[j]] = ok[j]
-    return where
+    "The first exit whose score reaches its threshold: past how many does an image go?"
+    return torch.tensor([*ok, last], device=s.device)[(~(s>=s.new_tensor(ts))).cumprod(1).sum(1)]
 
 # %% ../nbs/10_inference.ipynb #1f9b667a
 def part_times(
@@ -168,11 +156,9 @@ def _ask(head, x): return int((max_prob(head(x)[0][:,None])>=.5).sum())         
 # %% ../nbs/10_inference.ipynb #4ae6a522
 def _ms(f):
     "Milliseconds that `f()` takes, the GPU's work included"
-    def wait():
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-    wait(); start = time.perf_counter()
-    f(); wait()
-    return 1000*(time.perf_counter()-start)
+    start = timer()                      # waits for the GPU
+    f()
+    return 1000*(timer()-start)
 
 # %% ../nbs/10_inference.ipynb #0ff833d0
 def walk_costs(
@@ -199,7 +185,7 @@ def fit_temperatures(
 ) -> list: # One for each exit
     "The temperature of each exit with the smallest negative log-likelihood"
     def nll(log_t, o): return F.cross_entropy(o/math.exp(log_t), y).item()
-    return [math.exp(minimize_scalar(nll, bounds=np.log(bounds), args=(o,), method='bounded').x) for o in z.double().unbind(1)]
+    return [math.exp(optimize.minimize_scalar(nll, bounds=np.log(bounds), args=(o,), method='bounded').x) for o in z.double().unbind(1)]
 
 # %% ../nbs/10_inference.ipynb #eb1a0d44
 def ece(
@@ -218,10 +204,9 @@ def calibration_table(
     temperatures:list, # One for each exit
 ) -> pd.DataFrame: # Columns `exit, temperature, nll, ece, nll_after, ece_after`
     "Negative log-likelihood and calibration error of each exit, before and after"
-    names = [f'exit{i}' for i in range(z.shape[1]-1)] + ['main']
     def both(o): return F.cross_entropy(o, y).item(),ece(o, y)
-    rows = [(n, t, *both(o), *both(o/t)) for n,t,o in zip(names, temperatures, z.unbind(1))]
-    return pd.DataFrame(rows, columns=['exit','temperature','nll','ece','nll_after','ece_after'])
+    names = [f'exit{i}' for i in range(z.shape[1]-1)] + ['main']
+    return pd.DataFrame([(n, t, *both(o), *both(o/t)) for n,t,o in zip(names, temperatures, z.unbind(1))], columns=['exit','temperature','nll','ece','nll_after','ece_after'])
 
 # %% ../nbs/10_inference.ipynb #78608e11
 def plot_reliability(
@@ -232,7 +217,7 @@ def plot_reliability(
 ): # The axes
     "How often each exit is right against how sure it is, in ten bins of equally many images"
     from sklearn.calibration import calibration_curve
-    if ax is None: _,ax = plt.subplots(figsize=(3.5,3.5))
+    ax = plt.subplots(figsize=(3.5,3.5))[1] if ax is None else ax
     for i,o in enumerate(z.unbind(1)):
         p,pred = (o/(1 if temperatures is None else temperatures[i])).softmax(-1).max(-1)
         right,sure = calibration_curve((pred==y).numpy(), p.clamp_max(1).numpy(), n_bins=10, strategy='quantile')
@@ -247,7 +232,7 @@ def one_threshold(
     grid:np.ndarray|None=None, # Thresholds to try, from safe to bold (None: 200 quantiles of the scores)
 ) -> list: # Lists of k thresholds
     "The same threshold for all open exits"
-    if grid is None: grid = np.unique(np.quantile(s.cpu().numpy(), np.linspace(0, 1, 201), method='inverted_cdf'))[::-1]
+    grid = np.unique(np.quantile(s.cpu().numpy(), np.linspace(0, 1, 201), method='inverted_cdf'))[::-1] if grid is None else grid
     return [[float(t)]*s.shape[1] for t in grid]
 
 # %% ../nbs/10_inference.ipynb #ee14ba07
@@ -289,8 +274,8 @@ def policy_result(
 def _outcome(where, right, thresholds, parts):
     ours,main = right.gather(1, where[:,None])[:,0],right[:,-1]
     left = where.bincount(minlength=len(parts))/len(where)
-    res = dict(cost=float(walk_costs(parts, thresholds) @ left.cpu().numpy()), accuracy=ours.float().mean().item(), main=main.float().mean().item(), worse=(main & ~ours).float().mean().item())
-    return res | dict(zip([f'left_{o}' for o in parts.index], left.tolist()))
+    return dict(cost=float(walk_costs(parts, thresholds) @ left.cpu().numpy()), **dict(zip(('accuracy','main','worse'), torch.stack([ours, main, main & ~ours]).float().mean(1).tolist())),
+                **dict(zip([f'left_{o}' for o in parts.index], left.tolist())))
 
 # %% ../nbs/10_inference.ipynb #47b8665a
 def dear_exits(
@@ -302,8 +287,7 @@ def dear_exits(
 
 # %% ../nbs/10_inference.ipynb #dc4f52b4
 def _usable(parts):
-    dear = dear_exits(parts)
-    if dear: warnings.warn(f"Left closed, since alone they cost at least what the main network does: {', '.join(parts.index[i] for i in dear)}")
+    if dear := dear_exits(parts): warnings.warn(f"Left closed, since alone they cost at least what the main network does: {', '.join(parts.index[i] for i in dear)}")
     return [i for i in range(len(parts)-1) if i not in dear]
 
 # %% ../nbs/10_inference.ipynb #cdc1529d
@@ -316,12 +300,10 @@ def threshold_sweep(
     open:list|None=None, # Indices of the exits that may be open (None: all but the dear ones)
 ) -> pd.DataFrame: # A row for each setting: `thresholds` and what `policy_result` says
     "Try a family of thresholds"
-    ok,rows,last = _usable(parts) if open is None else list(open),[],len(parts)-1
+    ok,last = _usable(parts) if open is None else list(open),len(parts)-1
     s,right = _scores_of(z, ok, score),z.argmax(-1)==y[:,None]
-    for ts in family(s) if ok else [[]]:
-        full = [dict(zip(ok, ts)).get(i, math.inf) for i in range(last)]
-        rows.append(dict(thresholds=full, **_outcome(_where(s, ts, ok, last), right, full, parts)))
-    return pd.DataFrame(rows)
+    tried = [(ts, [dict(zip(ok, ts)).get(i, math.inf) for i in range(last)]) for ts in (family(s) if ok else [[]])]
+    return pd.DataFrame([dict(thresholds=full, **_outcome(_where(s, ts, ok, last), right, full, parts)) for ts,full in tried])
 
 # %% ../nbs/10_inference.ipynb #021d8686
 def worst_share(
@@ -330,7 +312,7 @@ def worst_share(
     confidence:float=0.95, # Of the limit, one-sided
 ) -> float: # 0…1
     "Clopper & Pearson's upper limit of a share"
-    return 1. if k>=n else float(beta_dist.ppf(confidence, k+1, n-k))
+    return 1. if k>=n else float(stats.beta.ppf(confidence, k+1, n-k))
 
 # %% ../nbs/10_inference.ipynb #b1056c96
 def exit_thresholds(
@@ -346,8 +328,12 @@ def exit_thresholds(
     "The most accurate thresholds within a budget (of equally accurate ones the safest, which are the dearest), or the cheapest that surely lose no more than `drop`"
     if (budget is None)==(drop is None): raise ValueError(f"Give either a `budget` or a `drop`, and not both; found budget={budget}, drop={drop}")
     if drop is not None and family is not None: raise ValueError("`drop` tries its own settings: its limit holds only for settings that were fixed before the data were seen, and this family may look at the scores. Leave `family` out")
-    if drop is not None: return _within_drop(threshold_sweep(z, y, parts, score, partial(one_threshold, grid=fixed_grid)), len(z), drop, confidence, alone_costs(parts)[-1])
-    return _best(_settings(z, y, parts, score, family or one_threshold), min(budget, alone_costs(parts)[-1])).thresholds      # the main network alone is always to be had
+    if drop is not None and not drop>0: raise ValueError(f"`drop` is {drop}; give a share above 0, such as 0.01 for one percentage point")
+    main = alone_costs(parts)[-1]                                                              # the main network alone is always to be had
+    if drop is None: return _best(_settings(z, y, parts, score, family or one_threshold), min(budget, main)).thresholds
+    df = threshold_sweep(z, y, parts, score, partial(one_threshold, grid=fixed_grid))
+    ok = list(itertools.takewhile(lambda r: worst_share(round(r.worse*len(z)), len(z), confidence)<=drop, df.itertuples()))
+    return ok[-1].thresholds if ok and ok[-1].cost<main else [math.inf]*(len(parts)-1)
 
 # %% ../nbs/10_inference.ipynb #44ca3d88
 def _settings(z, y, parts, score, family):
@@ -361,12 +347,6 @@ def _best(df, budget):
     "The row of the most accurate setting within a budget, of equally accurate ones the dearest"
     if not len(within := df[df.cost<=budget]): raise ValueError(f"A budget of {budget:.4g} is less than the cheapest setting costs, {df.cost.min():.4g}; raise it, or put an exit earlier")
     return within.sort_values(['accuracy','cost'], ascending=False).iloc[0]
-
-# %% ../nbs/10_inference.ipynb #ec9f1adc
-def _within_drop(df, n, drop, confidence, alone):
-    if not drop>0: raise ValueError(f"`drop` is {drop}; give a share above 0, such as 0.01 for one percentage point")
-    ok = list(itertools.takewhile(lambda r: worst_share(round(r.worse*n), n, confidence)<=drop, df.itertuples()))
-    return ok[-1].thresholds if ok and ok[-1].cost<alone else [math.inf]*len(df.thresholds[0])
 
 # %% ../nbs/10_inference.ipynb #4c69af2f
 def anytime_curve(
@@ -389,11 +369,9 @@ def budgeted_curve(
     n:int=20, # Points
 ) -> pd.DataFrame: # A row for each target: `target`, `thresholds`, and what `policy_result` says of the images that judge
     "Accuracy against cost with the thresholds that `exit_thresholds` gives for each budget"
-    df,rows = _settings(*fit, parts, score, family),[]
-    for t in np.linspace(df.cost.min(), alone_costs(parts)[-1], n):
-        ts = _best(df, t).thresholds
-        rows.append(dict(target=t, thresholds=ts, **policy_result(*report, ts, parts, score)))
-    return pd.DataFrame(rows)
+    df = _settings(*fit, parts, score, family)
+    tried = [(t, _best(df, t).thresholds) for t in np.linspace(df.cost.min(), alone_costs(parts)[-1], n)]
+    return pd.DataFrame([dict(target=t, thresholds=ts, **policy_result(*report, ts, parts, score)) for t,ts in tried])
 
 # %% ../nbs/10_inference.ipynb #80486cb4
 def plot_early(
@@ -403,7 +381,7 @@ def plot_early(
     ax=None, # Axes to draw on (None: new ones)
 ): # The axes
     "Accuracy against the mean cost of an image"
-    if ax is None: _,ax = plt.subplots(figsize=(5.5,3.5))
+    ax = plt.subplots(figsize=(5.5,3.5))[1] if ax is None else ax
     ax.plot(anytime.cost, anytime.accuracy, 'o', label='one exit for all images')
     ax.plot(anytime.ensemble_cost, anytime.ensemble_accuracy, 'D', mfc='none', label='ensemble up to an exit')
     if budgeted is not None: ax.plot(budgeted.cost, budgeted.accuracy, '.-', label='early exit by threshold')
@@ -438,11 +416,6 @@ class EarlyExitModel(Module):
         z,self.exit_idx = self.policy(self.net, x)
         return z
 
-# %% ../nbs/10_inference.ipynb #d871e427
-class _TakenExits(Callback):
-    def before_validate(self): self.taken = []
-    def after_pred(self): self.taken.append(self.learn.model.exit_idx.cpu())
-
 # %% ../nbs/10_inference.ipynb #941717ca
 @patch
 def predict_early(self:Learner,
@@ -452,10 +425,11 @@ def predict_early(self:Learner,
 ) -> tuple: # Probabilities `(n,n_out)`, targets `(n,)` or None, and index of the exit `(n,)`, in the order of the data set
     "Predict with early exit"
     if (policy := ifnone(policy, getattr(self, 'policy', None))) is None: raise ValueError("There is no policy that says when to stop; call `learn.fit_policy(budget=0.5)` first, or pass `policy=ExitPolicy([…])`")
-    taken,dl = _TakenExits(),ifnone(dl, self.dls[ds_idx]).new(shuffle=False, drop_last=False)
+    taken,dl = [],ifnone(dl, self.dls[ds_idx]).new(shuffle=False, drop_last=False)
+    def take(cb): taken.append(cb.learn.model.exit_idx.cpu())
     with self.removed_cbs(self.cbs.filter(risinstance((EEDCallback, EnsemblePreds)))), _replaced(self, 'metrics', L()), _replaced(self, 'model', EarlyExitModel(self.model, policy)):
-        z,y = self.get_preds(dl=dl, reorder=False, act=noop, cbs=taken)
-    return z.float().softmax(-1),y,torch.cat(taken.taken)
+        z,y = self.get_preds(dl=dl, reorder=False, act=noop, cbs=Callback(after_pred=take))
+    return z.float().softmax(-1),y,torch.cat(taken)
 
 # %% ../nbs/10_inference.ipynb #b16bdbd9
 @patch
@@ -480,20 +454,16 @@ def random_halves(
 # %% ../nbs/10_inference.ipynb #113f6c10
 def _measured_ms(policy, model, dl, rows, bs, n=256):
     "Milliseconds for an image of `rows`, as it comes in batches of `bs`, mean of the first `n`; and for the main network alone, in turns"
-    xs,seen = [],0
-    for b in dl.new(shuffle=False, drop_last=False):
-        xs.append(b[0]); seen += len(b[0])
-        if seen>=2*n: break
-    x = torch.cat(xs)[rows[rows<seen][:n]].to(next(model.parameters()).device)
+    images,first = (o for b in dl.new(shuffle=False, drop_last=False) for o in b[0]),rows[:n]
+    x = torch.stack(list(itertools.islice(images, int(first.max())+1)))[first].to(next(model.parameters()).device)
     closed,batches = ExitPolicy([math.inf]*(unwrap(model).n_exits-1)),x.split(bs)
-    for o in batches[:3]: policy(model, o), closed(model, o)               # warm up
-    times = np.array([[_ms(partial(p, model, o)) for p in (policy, closed)] for o in batches])
-    return dict(zip(('measured_ms', 'main_ms'), times.sum(0)/len(x)))
+    ms = [[_ms(partial(p, model, o)) for p in (policy, closed)] for o in batches[:3]+batches][-len(batches):]      # three to warm up
+    return dict(zip(('measured_ms', 'main_ms'), np.sum(ms, 0)/len(x)))
 
 # %% ../nbs/10_inference.ipynb #a2132fc9
-def _report(policy, z, y, parts, target, **more):
+def _report(policy, z, y, parts, target, limit, **more):
     r = policy_result(policy.scaled(z), y, policy.thresholds, parts, policy.score)
-    return dict(images=len(y), target=target, **r, worse_at_most=worst_share(round(r['worse']*len(y)), len(y)), **more)
+    return dict(images=len(y), target=target, **r, worse_at_most=worst_share(round(r['worse']*len(y)), len(y)) if limit else None, **more)
 
 # %% ../nbs/10_inference.ipynb #7a018bc4
 @patch
@@ -514,19 +484,17 @@ def fit_policy(self:Learner,
     if drop is not None and calibrate: raise ValueError("`drop` does not go with `calibrate=True`: its limit holds for scores that are fixed before the data are seen, and temperatures would be fitted to them")
     dl = ifnone(dl, self.dls.valid)
     z,y = self.exit_logits(dl)
-    fit,rows = random_halves(len(y), seed) if report_dl is None else (slice(None),torch.arange(len(report_dl.dataset)))
-    z2,y2 = (z[rows],y[rows]) if report_dl is None else self.exit_logits(report_dl)
+    z2,y2 = (z,y) if report_dl is None else self.exit_logits(report_dl)
+    fit,rows = random_halves(len(y), seed) if report_dl is None else (torch.arange(len(y)),torch.arange(len(y2)))
     x = dl.one_batch()[0][:bs]
     if ms is not None and len(x)<bs: raise ValueError(f"`bs` is {bs}, but a batch of the data has {len(x)} images; pass a `dl` with larger batches, such as `dls.valid.new(bs={bs})`")
-    parts = part_macs(self.model, x.shape[-2:]) if ms is None else part_times(self.model, x)
-    if ms is None: parts = parts/alone_costs(parts)[-1]       # shares of the main network's
-    temps = fit_temperatures(z[fit], y[fit]) if ifnone(calibrate, drop is None) else None
-    res = ExitPolicy(None, score, temps)
+    parts = part_times(self.model, x) if ms is not None else (macs := part_macs(self.model, x.shape[-2:]))/alone_costs(macs)[-1]       # or shares of the main network's
+    res = ExitPolicy(None, score, fit_temperatures(z[fit], y[fit]) if ifnone(calibrate, drop is None) else None)
     res.thresholds = exit_thresholds(res.scaled(z[fit]), y[fit], parts, ifnone(budget, ms), drop, score, family)
-    target = next(o for o in (budget, ms, drop) if o is not None)
+    target = ifnone(budget, ifnone(ms, drop))
     more = {} if ms is None else _measured_ms(res, self.model, ifnone(report_dl, dl), rows, bs)
-    seen = {} if drop is not None else dict(worse_at_most=None)               # of images that were chosen by, a limit says nothing
-    res.report = pd.DataFrame([{**_report(res, z[fit], y[fit], parts, target), **seen}, _report(res, z2, y2, parts, target, **more)], index=['fitted','reported'])
+    res.report = pd.DataFrame([_report(res, z[fit], y[fit], parts, target, limit=drop is not None),            # of images that were chosen by, a limit says nothing
+                               _report(res, z2[rows], y2[rows], parts, target, limit=True, **more)], index=['fitted','reported'])
     self.policy = res
     return res
 
@@ -540,16 +508,11 @@ def show_early(self:Learner,
     "Images that left at each exit, the first of the data set, and their answers; wrong ones in red"
     dl,names = ifnone(dl, self.dls.valid),unwrap(self.model).exit_names
     with self.no_bar(): p,y,idx = self.predict_early(dl=dl, policy=policy)
-    fig,axs = plt.subplots(len(names), n, figsize=(n, 1.3*len(names)), squeeze=False)
+    pred,wrong = p.argmax(1),torch.zeros(len(p)) if y is None else p.argmax(1)!=y
+    fig,axs = plt.subplots(len(names), n, figsize=(n, 1.3*len(names)), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
     for i,(row,name) in enumerate(zip(axs, names)):
-        js = (idx==i).nonzero().flatten()[:n].tolist()
-        for ax in row: ax.axis('off')
         row[0].set_title(f'{name}: {(idx==i).float().mean():.0%}', loc='left', fontsize=9, y=1.25)
-        for ax,j in zip(row, js): _show_answer(ax, dl, self.dls.vocab, j, p[j].argmax().item(), y)
+        for ax,j in zip(row, (idx==i).nonzero().flatten().tolist()):
+            ax.imshow(to_image(dl.dataset[j][0]), cmap='gray')
+            ax.text(.5, 1.03, self.dls.vocab[pred[j]], transform=ax.transAxes, ha='center', fontsize=8, color='red' if wrong[j] else 'black')
     return fig
-
-# %% ../nbs/10_inference.ipynb #e52c7396
-def _show_answer(ax, dl, vocab, j, pred, y):
-    x = to_image(dl.dataset[j][0])
-    ax.imshow(x, cmap='gray')
-    ax.text(.5, 1.03, vocab[pred], transform=ax.transAxes, ha='center', fontsize=8, color='black' if y is None or y[j]==pred else 'red')
