@@ -150,8 +150,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'eed_fastai.data._cifar100_folders': ('data.html#_cifar100_folders', 'eed_fastai/data.py'),
                                  'eed_fastai.data._cifar100_pickles': ('data.html#_cifar100_pickles', 'eed_fastai/data.py'),
                                  'eed_fastai.data._cifar100_places': ('data.html#_cifar100_places', 'eed_fastai/data.py'),
-                                 'eed_fastai.data._digit_items': ('data.html#_digit_items', 'eed_fastai/data.py'),
-                                 'eed_fastai.data._has_pickles': ('data.html#_has_pickles', 'eed_fastai/data.py'),
                                  'eed_fastai.data._image_files': ('data.html#_image_files', 'eed_fastai/data.py'),
                                  'eed_fastai.data._readable': ('data.html#_readable', 'eed_fastai/data.py'),
                                  'eed_fastai.data._unpickle': ('data.html#_unpickle', 'eed_fastai/data.py'),

@@ -7,7 +7,6 @@ __all__ = ['cifar100_stats', 'digit_image', 'digits_dls', 'folder_dls', 'crop_fl
            'is_cifar100', 'read_cifar100', 'cifar100_dls']
 
 # %% ../nbs/00_data.ipynb #f8b06f02
-import pickle
 from fastai.vision.all import *
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -24,11 +23,6 @@ def digit_image(
 # %% ../nbs/00_data.ipynb #548f873b
 _digit_stats = [0.3094]*3, [0.3488]*3   # mean and standard deviation of the 1,437 training images, measured in this chapter
 
-# %% ../nbs/00_data.ipynb #850c4405
-def _digit_items(size):
-    raw = load_digits()
-    return [(digit_image(im, size), str(y)) for im,y in zip(raw.images, raw.target)]
-
 # %% ../nbs/00_data.ipynb #c82e0e88
 def digits_dls(
     bs:int=64, # Images in a batch (64: fastai's default)
@@ -39,26 +33,24 @@ def digits_dls(
     num_workers:int=0, # Processes that load images (0: the set lies in memory)
 ) -> DataLoaders: # Batches of images `(bs,3,size,size)`, normalised, and labels `(bs,)` in 0…9
     "scikit-learn's 1,797 handwritten digits, enlarged, split and ready for a `Learner`"
-    items = _digit_items(size)
-    labels = [y for _,y in items]
-    splits = train_test_split(range_of(items), test_size=valid, stratify=labels, random_state=seed)
+    raw = load_digits()
+    items = [(digit_image(im, size), str(y)) for im,y in zip(raw.images, raw.target)]
+    _,judge = train_test_split(range_of(items), test_size=valid, stratify=raw.target, random_state=seed)
     tfms = aug_transforms(do_flip=False, max_rotate=10., max_zoom=1.1, max_lighting=0., max_warp=0.) if aug else []
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(set(labels)))), get_x=ItemGetter(0), get_y=ItemGetter(1),
-                      splitter=IndexSplitter(splits[1]), batch_tfms=[*tfms, Normalize.from_stats(*_digit_stats)])
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=[str(o) for o in raw.target_names])), get_x=ItemGetter(0), get_y=ItemGetter(1),
+                      splitter=IndexSplitter(judge), batch_tfms=[*tfms, Normalize.from_stats(*_digit_stats)])
     return block.dataloaders(items, bs=bs, num_workers=num_workers)
 
 # %% ../nbs/00_data.ipynb #cd9deff1
 def _image_files(path):
     "All images below `path`, and how they are split: by `train`/`valid` folders, or None"
-    path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}; give a folder that holds one folder of images for each class")
     names = [o for o in ('train', 'valid', 'val', 'test') if (path/o).is_dir()]
     split = names[:2] if names[:2] in (['train','valid'], ['train','val']) else None
     if names and not split: raise ValueError(f"{path} holds {' and '.join(names)}; expected `train` and `valid` (or `val`), or class folders alone. Rename or move them")
     files = get_image_files(path, folders=split).sorted()
     if not files: raise ValueError(f"{path} holds no images; expected one folder for each class, such as {path}/cat/1.jpg, or train/cat/1.jpg and valid/cat/2.jpg")
-    astray = [f for f in files if len(f.relative_to(path).parts)!=(3 if split else 2)]
-    if astray: raise ValueError(f"{len(astray)} of {len(files)} images are not right below a class folder, such as {astray[0]}; an image's folder is its class. Move or remove them")
+    if astray := [f for f in files if len(f.relative_to(path).parts)!=(3 if split else 2)]: raise ValueError(f"{len(astray)} of {len(files)} images are not right below a class folder, such as {astray[0]}; an image's folder is its class. Move or remove them")
     return files, GrandparentSplitter(*split) if split else None
 
 # %% ../nbs/00_data.ipynb #0a52493c
@@ -73,10 +65,10 @@ def _readable(files, skip_unreadable):
 
 # %% ../nbs/00_data.ipynb #8d7e97c6
 def _check_classes(path, train, valid):
-    counts,unknown = Counter(map(parent_label, train)),{parent_label(f) for f in valid} - {parent_label(f) for f in train}
+    counts = Counter(map(parent_label, train))
     if len(counts)<2: raise ValueError(f"{path} holds images of {len(counts)} class to train on ({', '.join(counts) or 'none'}); a classifier needs at least two folders")
     if not len(valid): raise ValueError(f"{path} holds no images to validate on; put some below `valid`, or give a larger `valid_pct`")
-    if unknown: raise ValueError(f"{path} has validation images of classes that it has no training images of: {', '.join(sorted(unknown))}")
+    if unknown := set(map(parent_label, valid)) - set(counts): raise ValueError(f"{path} has validation images of classes that it has no training images of: {', '.join(sorted(unknown))}")
 
 # %% ../nbs/00_data.ipynb #e077ac49
 def folder_dls(
@@ -90,14 +82,13 @@ def folder_dls(
 ) -> DataLoaders: # Batches of images `(bs,3,size,size)`, normalised by ImageNet's statistics, and labels `(bs,)`
     "Images in class folders, checked, split and ready for a `Learner`"
     if not 0<valid_pct<1: raise ValueError(f"`valid_pct` is {valid_pct}; it is a share, between 0 and 1")
-    files,split = _image_files(path)
+    files,split = _image_files(Path(path))
     files = _readable(files, skip_unreadable)
-    labels = files.map(parent_label)
-    rare = sorted(c for c,n in Counter(labels).items() if n<2)
-    if split is None and len(set(labels))>1 and rare: raise ValueError(f"{path} has one image only of {', '.join(rare)}; splitting needs at least two of each class")
-    if split is None and len(set(labels))>1:
-        n = max(round(valid_pct*len(files)), len(set(labels)))
-        split = TrainTestSplitter(test_size=min(n, len(files)-len(set(labels))), random_state=seed, stratify=list(labels))
+    counts = Counter(files.map(parent_label))
+    if split is None and len(counts)>1:
+        if rare := sorted(c for c,n in counts.items() if n<2): raise ValueError(f"{path} has one image only of {', '.join(rare)}; splitting needs at least two of each class")
+        n = min(max(round(valid_pct*len(files)), len(counts)), len(files)-len(counts))
+        split = TrainTestSplitter(test_size=n, random_state=seed, stratify=list(files.map(parent_label)))
     train,valid = split(files) if split else (range_of(files), [])
     _check_classes(path, files[list(train)], files[list(valid)] if len(valid) else [])
     block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label, splitter=IndexSplitter(list(valid)),
@@ -116,8 +107,7 @@ def crop_flip(
     new = partial(torch.arange, device=x.device)
     top,left = torch.randint(2*pad+1, (2,bs,1), device=x.device)
     cols = torch.where(torch.rand(bs, 1, device=x.device)<flip, new(w).flip(0), new(w)) + left
-    rows = new(h) + top
-    return F.pad(x, (pad,)*4)[new(bs)[:,None,None,None], new(c)[:,None,None], rows[:,None,:,None], cols[:,None,None,:]]
+    return F.pad(x, (pad,)*4)[new(bs)[:,None,None,None], new(c)[:,None,None], (new(h)+top)[:,None,:,None], cols[:,None,None,:]]
 
 # %% ../nbs/00_data.ipynb #550ac221
 class CropFlip(DisplayedTransform):
@@ -183,27 +173,25 @@ def _unpickle(f):
 
 # %% ../nbs/00_data.ipynb #bd8051cf
 def _cifar100_pickles(path):
-    parts = [_unpickle(path/o) for o in ('train','test')]
-    vocab = [o.decode() if isinstance(o, bytes) else o for o in _unpickle(path/'meta')['fine_label_names']]
-    return *[(np.asarray(o['data'], dtype=np.uint8).reshape(-1,3,32,32).transpose(0,2,3,1), np.array(o['fine_labels'])) for o in parts],vocab
+    *parts,meta = [_unpickle(path/o) for o in ('train','test','meta')]
+    return *[(np.asarray(o['data'], dtype=np.uint8).reshape(-1,3,32,32).transpose(0,2,3,1), np.array(o['fine_labels'])) for o in parts],[o.decode() if isinstance(o, bytes) else o for o in meta['fine_label_names']]
 
 # %% ../nbs/00_data.ipynb #86fb0616
 def _cifar100_folders(path):
     files = [get_image_files(path/o).sorted() for o in ('train','test')]
-    vocab = sorted({parent_label(f) for f in files[0]})
-    def read(f): return np.asarray(Image.open(f).convert('RGB'))
+    vocab,read = sorted({parent_label(f) for f in files[0]}),compose(PILImage.create, np.asarray)
     return *[(np.stack(parallel(read, fs, threadpool=True, n_workers=defaults.cpus, progress=False)), np.array([vocab.index(parent_label(f)) for f in fs])) for fs in files],vocab
 
 # %% ../nbs/00_data.ipynb #588b40f9
-def _has_pickles(path): return all((path/n).is_file() for n in ('train','test','meta'))
-def _cifar100_places(path): return path,path/'cifar-100-python',path/'cifar100'
+def _cifar100_places(path):
+    "Folders in which CIFAR-100 may lie, and whether each holds its pickles"
+    return [(o, all((o/n).is_file() for n in ('train','test','meta'))) for o in (path, path/'cifar-100-python', path/'cifar100')]
 
 def is_cifar100(
     path, # A folder
 ) -> bool: # Does it hold CIFAR-100's pickles, or is it called so and holds `train` and `test`?
     "Is this folder CIFAR-100, in a form that `read_cifar100` reads?"
-    named = lambda o: re.search('cifar.?100', o.name) and all((o/n).is_dir() for n in ('train','test'))
-    return any(_has_pickles(o) or bool(named(o)) for o in _cifar100_places(Path(path)))
+    return any(pickles or (re.search('cifar.?100', o.name) and all((o/n).is_dir() for n in ('train','test'))) for o,pickles in _cifar100_places(Path(path)))
 
 # %% ../nbs/00_data.ipynb #c7b0ce13
 def read_cifar100(
@@ -211,8 +199,8 @@ def read_cifar100(
 ) -> tuple: # (images `(50000,32,32,3)` uint8, labels `(50000,)`) to train, the same of the 10,000 to test, and the 100 names
     "CIFAR-100 as arrays"
     path = Path(path) if path is not None else untar_data(URLs.CIFAR_100)
-    for o in _cifar100_places(path):
-        if _has_pickles(o): return _cifar100_pickles(o)
+    for o,pickles in _cifar100_places(path):
+        if pickles: return _cifar100_pickles(o)
         if all((o/n).is_dir() and get_image_files(o/n) for n in ('train','test')): return _cifar100_folders(o)
     raise FileNotFoundError(f"{path} holds no CIFAR-100; expected the files `train`, `test` and `meta` of cifar-100-python, or folders `train` and `test` with an image folder for each class")
 
@@ -230,6 +218,5 @@ def cifar100_dls(
     "CIFAR-100 in memory, on the device"
     train,test,vocab = read_cifar100(path)
     if valid_pct is not None:
-        fit,judge = train_test_split(range_of(train[0]), test_size=valid_pct, stratify=train[1], random_state=seed)
-        train,test = [(train[0][i], train[1][i]) for i in (fit, judge)]
+        train,test = [(train[0][i], train[1][i]) for i in train_test_split(range_of(train[0]), test_size=valid_pct, stratify=train[1], random_state=seed)]
     return array_dls(train, test, vocab, cifar100_stats, bs=bs, device=device)
