@@ -7,7 +7,6 @@ __all__ = ['recipes', 'EEDCallback', 'main_only', 'Recipe', 'subset_recipes']
 
 # %% ../nbs/08_callback.ipynb #3b873f83
 import inspect
-from contextlib import ExitStack
 from numbers import Real
 from fastai.vision.all import *
 from .exits import *
@@ -15,12 +14,10 @@ from .model import *
 from .teachers import *
 from .losses import *
 from .metrics import *
-from .metrics import _replaced
 
 # %% ../nbs/08_callback.ipynb #00b079f4
 def _check_weight(name, v, schedule=False):
-    if schedule and callable(v): return
-    if not (isinstance(v, Real) and 0<=v<float('inf')):
+    if not (schedule and callable(v) or isinstance(v, Real) and 0<=v<float('inf')):
         raise ValueError(f"`{name}` is {v!r}; it weighs a loss term, so it must be a finite number, 0 or more" + ", or a schedule such as `SchedCos(0., 1.)`"*schedule)
 
 # %% ../nbs/08_callback.ipynb #f7c7a44b
@@ -44,9 +41,6 @@ _other_tasks = ('BCEWithLogitsLoss','BCELoss','MultiLabelSoftMarginLoss','MultiL
 
 def _refuse(found): raise ValueError(f"{found}, so the task looks like regression or like several labels for an image. EEDCallback is for one class per image: integer targets (bs,) and a loss such as `CrossEntropyLossFlat()`")
 
-def _check_loss_func(lf):
-    if (name := type(getattr(lf, 'func', lf)).__name__) in _other_tasks: _refuse(f"The loss function is {name}")
-
 # %% ../nbs/08_callback.ipynb #498ceb97
 def _live_model(learn):
     model = unwrap(learn.model)
@@ -69,12 +63,9 @@ def _renew_opt(learn):
     "Make the optimizer again over the model's present parameters, keeping hyper-parameters, state and freezing"
     old,alive = learn.opt,set(learn.model.parameters())
     learn.create_opt()
-    pairs = [(old.state, learn.opt.state)] + ([(old.opt.state, learn.opt.opt.state)] if isinstance(old, OptimWrapper) else [])
-    for a,b in pairs:
-        for p,state in a.items():
-            if p in alive: b[p].update(state)
-    if len(old.hypers)==len(learn.opt.hypers):
-        for k in old.hypers[0]: learn.opt.set_hyper(k, [h[k] for h in old.hypers])
+    for a,b in [(old.state, learn.opt.state)] + ([(old.opt.state, learn.opt.opt.state)] if isinstance(old, OptimWrapper) else []):
+        b.update({p: {**b[p], **state} for p,state in a.items() if p in alive})
+    if len(old.hypers)==len(learn.opt.hypers): learn.opt.set_hypers(**{k: [h[k] for h in old.hypers] for k in old.hypers[0]})
     learn.opt.frozen_idx = old.frozen_idx
 
 # %% ../nbs/08_callback.ipynb #6d379871
@@ -101,23 +92,23 @@ class EEDCallback(Callback):
     def learn(self): return self._attached
     @learn.setter
     def learn(self, learn):
-        if learn is None: self._detach()
-        else: self._attach(learn)
+        if learn is not None: self._attach(learn)
+        elif self.learn is not None: self._detach()
         self.__dict__['_attached'] = learn
 
 # %% ../nbs/08_callback.ipynb #9ec2fbd6
 @patch
 def _attach(self:EEDCallback, learn):
-    model = _live_model(learn)
+    model,lf = _live_model(learn),getattr(learn.loss_func, 'func', learn.loss_func)
     if any(cb is not self for cb in learn._grab_cbs(EEDCallback)):
         raise ValueError("This Learner has an EEDCallback already; two would add their terms twice. Take the first away with `learn.remove_cb(EEDCallback)`")
-    _check_loss_func(learn.loss_func)
-    n_out,self.ignored = _n_out(learn, model),_ignored(learn.loss_func)
-    self.w_label,self.w_logit = (_exit_weights(o, getattr(self, o), model.n_exits) for o in ('label_weights','logit_weights'))
+    if type(lf).__name__ in _other_tasks: _refuse(f"The loss function is {type(lf).__name__}")
+    n_out,before,self.ignored,self.first_batch = _n_out(learn, model),set(model.parameters()),getattr(lf, 'ignore_index', -100),True
+    self.w_label,self.w_logit = (_exit_weights(o, w, model.n_exits) for o,w in (('label_weights', ifnone(self.label_weights, [1]*model.n_exits)), ('logit_weights', self.logit_weights)))
     if self.beta and getattr(self.teacher, 'needs_images', False): raise ValueError(f"beta={self.beta} compares features, but {type(self.teacher).__name__} gives logits only. Set beta=0")
-    changed = self._install(model)
-    if model.n_out is None: changed = model.build(n_out)
-    if changed and learn.opt is not None: _renew_opt(learn)
+    self._install(model)
+    if model.n_out is None: model.build(n_out)
+    if learn.opt is not None and set(model.parameters())!=before: _renew_opt(learn)
     if self.beta and (None in model.feature_sizes or len(set(model.feature_sizes))>1):
         raise ValueError(f"beta={self.beta} compares the exits' features, but their sizes are {model.feature_sizes}. "
                          "Set beta=0, or use heads that give features of one size, such as `ExitHead`")
@@ -129,22 +120,18 @@ _parts = ('teacher','logit_loss','feat_loss')
 def _made(part, present, k):
     "`part` itself, or a module of that class for `k` exits: the one that is `present`, or a new one"
     if not isinstance(getattr(part, 'func', part), type): return part
-    if getattr(present, 'made_from', None)==repr(part): return present
-    res = part(k)
-    res.made_from = repr(part)
-    return res
+    if getattr(present, 'made_from', None)!=repr(part):
+        present = part(k)
+        present.made_from = repr(part)
+    return present
 
 # %% ../nbs/08_callback.ipynb #8358e4ba
 @patch
 def _install(self:EEDCallback, model):
-    "Give the network the method's modules; were they new?"
+    "Give the network the method's modules"
     made = {o: _made(getattr(self, o), model.method._modules.get(o), model.n_exits) for o in _parts}
     for o in _parts[1:]: _check_loss(o, made[o], self.by_exit or (self.logit_weights is not None and o=='logit_loss'))
-    made = {k:v for k,v in made.items() if isinstance(v, nn.Module)}
-    if all(model.method._modules.get(k) is v for k,v in made.items()) and len(made)==len(model.method): return False
-    p = next(model.stages.parameters())
-    model.method = nn.ModuleDict(made).to(p.device, p.dtype)
-    return True
+    model.method = nn.ModuleDict({k: v for k,v in made.items() if isinstance(v, nn.Module)}).to(next(model.stages.parameters()))
 
 # %% ../nbs/08_callback.ipynb #00d01171
 @patch
@@ -157,40 +144,38 @@ def _add_columns(self:EEDCallback, learn, model):
     terms = ['exit_loss'] + ['logit_loss']*bool(self.alpha) + ['teacher_loss']*teaches + ['feat_loss']*bool(self.beta)
     by_exit = [f'{t}.{n}' for t in terms for n in model.exit_names if t!='teacher_loss' and (t,n)!=('exit_loss','main')]
     learn.metrics = [*without_exit_columns(learn.metrics), *exit_columns(model.exit_names, terms + by_exit*self.by_exit, self.exit_metric)]
-    self._forget(learn)
+    self._reset(learn)
 
 # %% ../nbs/08_callback.ipynb #d3791ce1
 @patch
-def _forget(self:EEDCallback, learn): learn.exits,learn.exit_terms,learn.exit_parts = None,{},{}
+def _reset(self:EEDCallback, learn, want=False):
+    "Keep nothing of a batch; ask for all exits, or not"
+    learn.exits,learn.exit_terms,learn.exit_parts = None,{},{}
+    _live_model(learn).want_exits = want
 
 # %% ../nbs/08_callback.ipynb #2253915b
 @patch
 def _detach(self:EEDCallback):
-    if self.learn is None: return
     self.learn.metrics = without_exit_columns(self.learn.metrics)
     for o in ('exits', 'exit_terms', 'exit_parts'): self.learn.__dict__.pop(o, None)
     if (model := unwrap(self.learn.model)) is None: return
-    model.want_exits = False
-    for k,v in model.method.items(): setattr(self, k, v)      # what it has learned leaves with the callback
-    if len(model.method): model.method = nn.ModuleDict(); self.learn.opt is None or _renew_opt(self.learn)
-
-# %% ../nbs/08_callback.ipynb #fa2d5d6f
-def _ignored(loss_func): return getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)
+    method,model.method,model.want_exits = model.method,nn.ModuleDict(),False
+    self.__dict__.update(method)                              # what it has learned leaves with the callback
+    if len(method) and self.learn.opt is not None: _renew_opt(self.learn)
 
 # %% ../nbs/08_callback.ipynb #d5056401
 @patch
 def before_fit(self:EEDCallback):
     "Set the columns; forget what an interrupted fit left"
     self._attach(self.learn)
-    _live_model(self.learn).want_exits,self.first_batch = False,True
 
 # %% ../nbs/08_callback.ipynb #a164ec06
 @patch
 def before_batch(self:EEDCallback):
     "Ask the model for all exits at its next `forward`"
-    self._forget(self.learn)
     if len(self.yb): self._check_targets(self.yb[0])
-    _live_model(self.learn).want_exits = self.asks = not (self.training and self._alone)
+    self.asks = not (self.training and self._alone)
+    self._reset(self.learn, self.asks)
 
 # %% ../nbs/08_callback.ipynb #7e904b1b
 def main_only(
@@ -206,7 +191,7 @@ def _shown(self:EEDCallback): return getattr(getattr(self.learn, 'recorder', Non
 # %% ../nbs/08_callback.ipynb #a5177f39
 @patch(as_prop=True)
 def _alone(self:EEDCallback):
-    return not (self.alpha or self.beta or self._shown) and self.w_label is not None and [*self.w_label]==main_only(len(self.w_label))
+    return not (self.alpha or self.beta or self._shown) and self.w_label==main_only(len(self.w_label))
 
 # %% ../nbs/08_callback.ipynb #f0c5b3d2
 @patch
@@ -224,20 +209,16 @@ def after_pred(self:EEDCallback):
 # %% ../nbs/08_callback.ipynb #b44c7bcc
 @patch
 def _check_targets(self:EEDCallback, y):
-    y = y.as_subclass(Tensor)
-    if getattr(self, 'first_batch', True): self._check_task(y)
-    if y.ndim!=1 or not len(y) or y.is_floating_point() or not (y.device.type=='cpu' or getattr(self, 'first_batch', True)): return
-    self.first_batch,n_out,(lo,hi) = False,_live_model(self.learn).n_out,torch.stack(y.aminmax()).tolist()
-    if 0<=lo and hi<n_out: return
-    y = y[y!=self.ignored]
-    if len(y) and not (0<=y.min() and y.max()<n_out):
-        raise ValueError(f"The targets go from {int(y.min())} to {int(y.max())}, but the network has {n_out} classes, 0 to {n_out-1}. Check the labels, or `n_out`")
+    y,n_out = y.as_subclass(Tensor),_live_model(self.learn).n_out
+    classes = y.ndim==1 and not y.is_floating_point()
+    if self.first_batch and not classes and not _are_probs(y): _refuse(f"The targets are {y.dtype} of shape {tuple(y.shape)}")
+    if classes and len(y) and (self.first_batch or y.device.type=='cpu'):
+        self.first_batch,(lo,hi) = False,torch.stack(y.aminmax()).tolist()
+        if not (0<=lo and hi<n_out) and len(y := y[y!=self.ignored]) and not (0<=y.min() and y.max()<n_out):
+            raise ValueError(f"The targets go from {int(y.min())} to {int(y.max())}, but the network has {n_out} classes, 0 to {n_out-1}. Check the labels, or `n_out`")
 
 # %% ../nbs/08_callback.ipynb #d869da06
-@patch
-def _check_task(self:EEDCallback, y):
-    soft = y.ndim==2 and y.is_floating_point() and torch.allclose(y.sum(1), y.new_ones(()), atol=1e-3)
-    if not soft and (y.ndim!=1 or y.is_floating_point()): _refuse(f"The targets are {y.dtype} of shape {tuple(y.shape)}")
+def _are_probs(y): return y.ndim==2 and y.is_floating_point() and torch.allclose(y.sum(1), y.new_ones(()), atol=1e-3)
 
 # %% ../nbs/08_callback.ipynb #3f0232f4
 def _averages_rows(lf, yb):
@@ -277,19 +258,12 @@ def _pick(w, only, k):
 # %% ../nbs/08_callback.ipynb #992b29b1
 @patch
 def _terms(self:EEDCallback, z, f, only=None, aims=None):
-    k,lf,(t,u) = z.shape[1],self.learn.loss_func,aims or self._aims(z, f)
-    w = _pick(self.w_label, only, k).get('w')
-    res = {'exit_loss': _exit_loss(lf, z[:,:-1], self.yb, w and w[:-1])}
-    if t is not None: res |= self._logit_terms(z, t, only)
-    if u is not None: res['feat_loss'] = self._now(self.beta) * self._part('feat_loss')(f, u, **_pick(None, only, k))
-    return res
-
-# %% ../nbs/08_callback.ipynb #00befb8c
-@patch
-def _logit_terms(self:EEDCallback, z, t, only):
-    loss,teacher = self._part('logit_loss'),self._part('teacher')
-    res = {'logit_loss': self._now(self.alpha) * loss(z, t.detach(), **_pick(self.w_logit, only, z.shape[1]))}
+    k,(t,u) = z.shape[1],aims or self._aims(z, f)
+    loss,teacher = (None,None) if t is None else (self._part('logit_loss'),self._part('teacher'))
+    res = {'exit_loss': _exit_loss(self.learn.loss_func, z[:,:-1], self.yb, **_pick(self.w_label[:-1], only, k-1))}
+    if t is not None: res['logit_loss'] = self._now(self.alpha) * loss(z, t.detach(), **_pick(self.w_logit, only, k))
     if only is None and hasattr(teacher, 'loss'): res['teacher_loss'] = teacher.loss(t, z.detach(), lambda t: _exit_loss(self.learn.loss_func, t, self.yb))
+    if u is not None: res['feat_loss'] = self._now(self.beta) * self._part('feat_loss')(f, u, **_pick(None, only, k))
     if only is None and self.training and hasattr(loss, 'update'): loss.update(t.detach())
     return res
 
@@ -300,7 +274,7 @@ def after_loss(self:EEDCallback):
     if not len(self.yb) or self.learn.exits is None: return
     with torch._C.DisableTorchFunctionSubclass():             # plain tensors inside
         aims = self._aims(*self.learn.exits)
-        if self.by_exit: self.learn.exit_parts = self._by_exit(*self.learn.exits, aims)      # first: a temperature rises in `_terms`
+        if self.by_exit and (self._shown or not self.training): self.learn.exit_parts = self._by_exit(*self.learn.exits, aims)      # first: a temperature rises in `_terms`
         terms = self._terms(*self.learn.exits, aims=aims)
         self.learn.exit_terms = {k:v.detach() for k,v in terms.items()}
         if not self.training: return
@@ -309,27 +283,22 @@ def after_loss(self:EEDCallback):
 
 # %% ../nbs/08_callback.ipynb #96c5b6d7
 @patch
-def _main(self:EEDCallback, loss): return loss if self.w_label is None or self.w_label[-1]==1 else self.w_label[-1]*loss
+def _main(self:EEDCallback, loss): return loss if self.w_label[-1]==1 else self.w_label[-1]*loss
 
 # %% ../nbs/08_callback.ipynb #a4c416b1
 @patch
 @torch.no_grad()
 def _by_exit(self:EEDCallback, z, f, aims):
-    if self.training and not self._shown: return {}           # no column to show them in
     return {f'{k}.{n}': v for i,n in enumerate(_live_model(self.learn).exit_names) for k,v in self._terms(z, f, i, aims).items()}
 
 # %% ../nbs/08_callback.ipynb #e0795ac9
 @patch
 def after_validate(self:EEDCallback):
     "Let go of the last batch's exits, and of a request that nobody took"
-    self._forget(self.learn)
-    _live_model(self.learn).want_exits = False
+    self._reset(self.learn)
 
 # %% ../nbs/08_callback.ipynb #7b62668c
-@patch
-def after_fit(self:EEDCallback):
-    "Let go of the last batch's exits"
-    self.after_validate()
+EEDCallback.after_fit = EEDCallback.after_validate
 
 # %% ../nbs/08_callback.ipynb #0f811df6
 def _grad_norm(part, ps):
@@ -346,17 +315,15 @@ def grad_shares(self:Learner,
     cb = first(self._grab_cbs(EEDCallback))
     if cb is None: raise ValueError("grad_shares weighs the terms of an EEDCallback, and this Learner has none. Add it with `learn.add_cb(EEDCallback())`")
     for name,weight in (('logit_loss', cb.alpha), ('feat_loss', cb.beta)): _check_loss(name, cb._part(name), bool(weight))
-    b = self._set_device(ifnone(dl, self.dls.train).one_batch())
-    for k in ('xb','yb','training'): setattr(self, k, getattr(self, k, None))       # not there before the first fit
-    with ExitStack() as stack:
-        for k,v in dict(model=deepcopy(self.model), xb=b[:self.dls.n_inp], yb=b[self.dls.n_inp:], training=True).items(): stack.enter_context(_replaced(self, k, v))
-        model = unwrap(self.model).train()
-        model.stages.requires_grad_(True)           # of a copy: frozen parameters have a gradient, too
-        z,f = (None if o is None else o.float() for o in model.all_exits(*self.xb))
-        aims = cb._aims(z, f)
-        parts = [('label_loss', 'main', cb._main(self.loss_func(z[:,-1], *self.yb)))]
-        parts += [(k.replace('exit_loss', 'label_loss'), n, v) for i,n in enumerate(model.exit_names) for k,v in cb._terms(z, f, i, aims).items() if (k,n)!=('exit_loss','main')]
-        df = pd.DataFrame([(t, n, v.item(), _grad_norm(v, list(model.stages.parameters()))) for t,n,v in parts], columns=['term','exit','value','grad_norm'])
+    b,n = [o.as_subclass(Tensor) for o in self._set_device(ifnone(dl, self.dls.train).one_batch())],self.dls.n_inp      # as in a fit
+    learn,cb = copy(self),copy(cb)                  # Learner and callback stay as they are
+    learn.model,learn.xb,learn.yb,learn.training,cb.__dict__['_attached'] = deepcopy(self.model),b[:n],b[n:],True,learn
+    model = unwrap(learn.model).train()
+    model.stages.requires_grad_(True)               # frozen parameters have a gradient, too
+    z,f = (None if o is None else o.float() for o in model.all_exits(*learn.xb))
+    aims,main = cb._aims(z, f),cb._main(learn.loss_func(z[:,-1], *learn.yb))
+    parts = [(k.replace('exit_loss', 'label_loss'), n, main if (k,n)==('exit_loss','main') else v) for i,n in enumerate(model.exit_names) for k,v in cb._terms(z, f, i, aims).items()]
+    df = pd.DataFrame([(t, n, v.item(), _grad_norm(v, list(model.stages.parameters()))) for t,n,v in parts], columns=['term','exit','value','grad_norm'])
     return df.assign(share=df.grad_norm/df.grad_norm.sum()).sort_values(['term','exit'], ignore_index=True)
 
 # %% ../nbs/08_callback.ipynb #d4ab706d
@@ -441,9 +408,9 @@ def to_eed(self:Learner,
         return self.add_cb(cb)
     old = {o: getattr(self, o) for o in ('model','splitter','opt','train_bn')}
     self.model,self.splitter,self.opt,self.train_bn = multi_exit(self.model, **where),exit_splitter,None,False
-    for p in self.model.parameters(): p.grad = None         # a new optimizer would apply weight decay to frozen parameters that have one
+    self.model.zero_grad()                                  # a new optimizer would apply weight decay to frozen parameters that have one
     try: self.add_cb(cb)
     except Exception:
-        for k,v in old.items(): setattr(self, k, v)
+        self.__dict__.update(old)
         raise
     return self if self._grab_cbs(BnFreeze) else self.add_cb(BnFreeze())

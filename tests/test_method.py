@@ -175,6 +175,13 @@ def test_grad_shares_of_a_frozen_body_and_of_a_loss_of_ones_own():
     learn = make_learner(EEDCallback(logit_loss=lambda z,t: (z-t).abs().mean()), model=multi_exit(tiny_resnet, n_out=10))
     with pytest.raises(ValueError, match='takes no `w`'): learn.grad_shares()
 
+def test_grad_shares_take_any_loss_and_leave_the_learner_alone():
+    "Plain tensors inside, as in a fit, so that torch's own losses work; nothing of the Learner changes"
+    learn = make_learner(EEDCallback(), model=multi_exit(tiny_resnet, n_out=10), loss_func=nn.CrossEntropyLoss())
+    before = dict(learn.__dict__)
+    assert abs(learn.grad_shares().share.sum()-1) < 1e-6
+    assert learn.__dict__==before and learn.eed.learn is learn
+
 def test_six_exits_have_no_negative_weight():
     assert min(EEDCallback(**recipes['beed']).label_weights(7))==0. and recipes['branchynet']['label_weights'](1)==[1.]
 
