@@ -9,7 +9,7 @@ __all__ = ['exit_scores', 'named_logits', 'write_whole', 'add_row', 'hardware', 
            'plot_curves', 'unaugmented', 'TrainCurve']
 
 # %% ../nbs/11_analysis.ipynb #f9a6b036
-import hashlib, io, os, platform, re, subprocess
+import hashlib, importlib.util, platform, re, subprocess
 from contextlib import nullcontext
 from importlib.metadata import version
 from fastai.vision.all import *
@@ -21,12 +21,7 @@ from .model import *
 from .teachers import *
 from .callback import *
 from .learner import *
-
-# %% ../nbs/11_analysis.ipynb #4eefdf2d
-def _ece(z, y):
-    try: from torchmetrics.functional.classification import multiclass_calibration_error
-    except ImportError: return None
-    return round(multiclass_calibration_error(z.softmax(1), y, num_classes=z.shape[1], n_bins=15).item(), 5)
+from .inference import ece
 
 # %% ../nbs/11_analysis.ipynb #2e1fe8f6
 def exit_scores(
@@ -35,9 +30,9 @@ def exit_scores(
 ) -> dict: # `name`: accuracy in %, `nll_name`: negative log-likelihood, `ece_name`: expected calibration error (15 bins)
     "Accuracy, NLL and ECE of every exit"
     z = {k: v.double() for k,v in z.items()}
-    res = {k: round(100*(v.argmax(1)==y).double().mean().item(), 4) for k,v in z.items()}
-    res |= {f'nll_{k}': round(F.cross_entropy(v, y).item(), 5) for k,v in z.items()}
-    return res | {f'ece_{k}': _ece(v, y) for k,v in z.items()}
+    return {**{k: round(100*(v.argmax(1)==y).double().mean().item(), 4) for k,v in z.items()},
+            **{f'nll_{k}': round(F.cross_entropy(v, y).item(), 5) for k,v in z.items()},
+            **{f'ece_{k}': round(ece(v, y), 5) if importlib.util.find_spec('torchmetrics') else None for k,v in z.items()}}
 
 # %% ../nbs/11_analysis.ipynb #01531fc3
 def named_logits(
@@ -54,9 +49,8 @@ def write_whole(
 ) -> Path: # The file
     "Write to another name, then move"
     tmp = path.with_name(f'.{path.name}')
-    try: write(tmp); os.replace(tmp, path)
+    try: write(tmp); return tmp.replace(path)
     finally: tmp.unlink(missing_ok=True)
-    return path
 
 # %% ../nbs/11_analysis.ipynb #5d91f2b0
 def add_row(
@@ -67,9 +61,7 @@ def add_row(
     head = list(pd.read_csv(file, nrows=0).columns) if file.exists() else list(row)
     df = pd.DataFrame([row])
     if not set(row)<=set(head): return write_whole(file, partial(pd.concat([pd.read_csv(file), df]).to_csv, index=False))
-    text = io.StringIO()
-    df.reindex(columns=head).to_csv(text, index=False, header=not file.exists())
-    with open(file, 'a') as f: f.write(text.getvalue())
+    df.reindex(columns=head).to_csv(file, mode='a', index=False, header=not file.exists())
 
 # %% ../nbs/11_analysis.ipynb #4d19c2ec
 def hardware() -> str: # Name of the GPU, or what kind of CPU and how many threads
@@ -116,8 +108,8 @@ def _kept(file, run):
 def _fitted(dls, arch, recipe, seed, fit, kw):
     "A Learner, trained from `seed`, and the seconds that it took"
     set_seed(seed)
-    model = multi_exit(deepcopy(arch) if isinstance(arch, nn.Module) else arch, head=recipe.head)      # the body is drawn first: the same for every recipe
-    learn = Learner(dls, model, **{'metrics': accuracy, **deepcopy(kw), 'cbs': [EEDCallback(**recipe), *deepcopy(L(kw.get('cbs')))]})
+    learn = Learner(dls, multi_exit(deepcopy(arch) if isinstance(arch, nn.Module) else arch, head=recipe.head),      # the body is drawn first: the same for every recipe
+                    **{'metrics': accuracy, **deepcopy(kw), 'cbs': [EEDCallback(**recipe), *deepcopy(L(kw.get('cbs')))]})
     set_seed(seed)
     dls.train.rng = random.Random(seed)
     start = time.perf_counter()
@@ -134,19 +126,16 @@ def _run(dls, arch, recipe, seed, fit, kw):
         recipe = recipe | {'teacher': ExternalTeacher(teacher.model)}
     learn,seconds = _fitted(dls, arch, recipe, seed, fit, kw)
     curve = history(learn)          # before `get_preds`, which starts a new table
-    gather,names = GatherExits(),unwrap(learn.model).exit_names
-    with learn.no_bar(): learn.get_preds(reorder=False, cbs=gather)
-    z = named_logits(torch.cat(gather.zs).cpu(), names)
-    if learn.eed._alone: z = {'main': z['main']}           # its exits were never trained
-    return exit_scores(z, torch.cat(gather.ys).cpu()),seconds+extra,curve
+    with learn.no_bar(): z,y = learn._gather(dls.valid, GatherExits())
+    z = {'main': z[:,-1]} if learn.eed._alone else named_logits(z, unwrap(learn.model).exit_names)      # exits that were never trained do not count
+    return exit_scores(z, y),seconds+extra,curve
 
 # %% ../nbs/11_analysis.ipynb #79c1ad3a
 def history(
     learn:Learner, # After a fit
 ) -> pd.DataFrame: # A row for each epoch of the last fit, a column for each of the Recorder's
     "The Recorder's table"
-    names = learn.recorder.metric_names[1:]
-    return pd.DataFrame([dict(zip(names, v), epoch=i) for i,v in enumerate(learn.recorder.values)])
+    return pd.DataFrame([dict(zip(learn.recorder.metric_names[1:], v), epoch=i) for i,v in enumerate(learn.recorder.values)])
 
 # %% ../nbs/11_analysis.ipynb #bfa0008d
 @delegates(Learner.__init__)
@@ -165,12 +154,13 @@ def compare(
 ) -> pd.DataFrame: # A row for each run: `recipe, seed, seconds, exit0 …, main, ensemble` (accuracy in %), NLL, ECE, versions, hardware
     "Train every recipe from the same seeds"
     if isinstance(names, dict) and not all(isinstance(o, Recipe) for o in names.values()): raise TypeError("compare takes names of recipes, or a dict of name → Recipe: {'mine': Recipe('my notebook', alpha=0.5)}")
-    table,file = names if isinstance(names, dict) else {o: _recipe_named(o) for o in names},None if file is None else Path(file)
+    if not isinstance(names, dict) and (unknown := [o for o in names if o not in recipes]): raise ValueError(f"There is no recipe {unknown[0]!r}; there are {', '.join(recipes)}. Your own goes into a dict: {{'mine': Recipe('my notebook', …)}}")
+    table,file = names if isinstance(names, dict) else {o: recipes[o] for o in names},None if file is None else Path(file)
     network,rows = arch if isinstance(arch, str) else getattr(getattr(arch, 'func', arch), '__name__', type(arch).__name__),[]
     for seed,(name,recipe) in itertools.product(range(seeds) if isinstance(seeds, int) else seeds, table.items()):
         run = f"{dataset}-{network}-{name}-{epochs}-s{seed}-{_settings(arch=arch, recipe=dict(recipe), head=recipe.head or ExitHead, lr=lr, bs=dls.train.bs, n=len(dls.train_ds), fit=fit, **kwargs)}"
         if (row := _kept(file, run)) is not None: rows.append(row); continue
-        scores,seconds,curve = _run(dls, arch, recipe, seed, ifnone(fit, partial(_one_cycle, epochs=epochs, lr=lr)), kwargs)
+        scores,seconds,curve = _run(dls, arch, recipe, seed, ifnone(fit, partial(Learner.fit_one_cycle, n_epoch=epochs, lr_max=lr)), kwargs)
         rows.append(dict(dataset=dataset, network=network, width=getattr(arch, 'keywords', {}).get('width'), recipe=name, protocol='valid', epochs=epochs, seed=seed, commit=checkout(), hardware=hardware(), torch=torch.__version__, seconds=round(seconds, 2),
                          peak_memory=peak_memory() if torch.cuda.is_available() else None, **scores, lr=lr, bs=dls.train.bs, n_train=len(dls.train_ds), n_judge=len(dls.valid_ds), fastai=version('fastai'), eed_fastai=version('eed_fastai'), label=recipe.label, run=run))
         if file is not None: _keep(file, rows[-1], curve)
@@ -178,12 +168,6 @@ def compare(
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_analysis.ipynb #8d8ab884
-def _one_cycle(learn, epochs, lr): learn.fit_one_cycle(epochs, lr)
-
-def _recipe_named(name):
-    if name not in recipes: raise ValueError(f"There is no recipe {name!r}; there are {', '.join(recipes)}. Your own goes into a dict: {{'mine': Recipe('my notebook', …)}}")
-    return recipes[name]
-
 def _keep(file, row, curve):
     (folder := file.parent/'history').mkdir(parents=True, exist_ok=True)
     write_whole(folder/f"{row['run']}.csv", partial(curve.round(5).to_csv, index=False))
@@ -236,12 +220,11 @@ def plot_comparison(
     ax=None, # Axes to draw on (None: new ones)
 ): # The axes
     "Mean accuracy of each exit and recipe, with the standard deviation over seeds"
-    if ax is None: _,ax = plt.subplots(figsize=(8,3.5))
-    names,kinds = exit_order(df),list(df.recipe.unique())
-    for j,k in enumerate(kinds):
-        v = df[df.recipe==k][names]
-        ax.errorbar(np.arange(len(names))+(j-(len(kinds)-1)/2)*0.7/len(kinds), v.mean(), v.std().fillna(0), fmt='o', ms=4, capsize=2, label=_label(k, df), color=plt.get_cmap('tab20')(j%20))
-    ax.set_xticks(range(len(names)), names); ax.set_ylabel('accuracy (%)'); ax.grid(axis='y', alpha=.3)
+    ax = plt.subplots(figsize=(8,3.5))[1] if ax is None else ax
+    names,by = exit_order(df),df.groupby('recipe', sort=False)
+    for j,(k,g) in enumerate(by[names]):
+        ax.errorbar(np.arange(len(names))+(j-(len(by)-1)/2)*0.7/len(by), g.mean(), g.std().fillna(0), fmt='o', ms=4, capsize=2, label=_label(k, df), color=plt.get_cmap('tab20')(j%20))
+    ax.set(xticks=range(len(names)), xticklabels=names, ylabel='accuracy (%)'); ax.grid(axis='y', alpha=.3)
     ax.legend(fontsize=8, ncol=1, loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
@@ -252,11 +235,10 @@ def agreement(
 ) -> pd.DataFrame: # `exit`; shares of images `both, exit_only, main_only, neither`; `disagree` (one right, one wrong), `either`
     "On which share of images an exit and the main network are right (EED Fig. 2)"
     right = p.argmax(-1)==y[:,None]
-    m,rows = right[:,-1],[]
-    for i,r in enumerate(right[:,:-1].unbind(1)):
-        both,alone,main = ((a&b).float().mean().item() for a,b in ((r, m), (r, ~m), (~r, m)))
-        rows.append(dict(exit=f'exit{i}', both=both, exit_only=alone, main_only=main, neither=1-both-alone-main, disagree=alone+main, either=both+alone+main))
-    return pd.DataFrame(rows)
+    r,m = right[:,:-1],right[:,-1:]
+    shares = {k: (a&b).float().mean(0).tolist() for k,a,b in (('both', r, m), ('exit_only', r, ~m), ('main_only', ~r, m))}
+    df = pd.DataFrame(dict(exit=[f'exit{i}' for i in range(r.shape[1])], **shares))
+    return df.assign(neither=1-df.both-df.exit_only-df.main_only, disagree=df.exit_only+df.main_only, either=df.both+df.exit_only+df.main_only)
 
 # %% ../nbs/11_analysis.ipynb #66dcfeb7
 def plot_agreement(
@@ -264,12 +246,12 @@ def plot_agreement(
     axs=None, # One axes for each exit (None: new ones)
 ): # The axes
     "A 2×2 table for each exit: the main network right or wrong, the exit right or wrong"
-    if axs is None: _,axs = plt.subplots(1, len(df), figsize=(2.9*len(df),2.4), squeeze=False, layout='constrained')
+    axs = plt.subplots(1, len(df), figsize=(2.9*len(df),2.4), squeeze=False, layout='constrained')[1] if axs is None else axs
     for ax,r in zip(np.ravel(axs), df.itertuples()):
         cells = np.array([[r.both, r.main_only], [r.exit_only, r.neither]])
         ax.imshow(cells, cmap='Blues', vmin=0, vmax=1)
         for (i,j),v in np.ndenumerate(cells): ax.text(j, i, f'{100*v:.1f} %', ha='center', va='center', color='w' if v>.5 else 'k')
-        ax.set(xticks=[0,1], yticks=[0,1], title=r.exit); ax.set_xticklabels([f'{r.exit}\nright', f'{r.exit}\nwrong']); ax.set_yticklabels(['main\nright', 'main\nwrong'])
+        ax.set(xticks=[0,1], xticklabels=[f'{r.exit}\nright', f'{r.exit}\nwrong'], yticks=[0,1], yticklabels=['main\nright', 'main\nwrong'], title=r.exit)
     return axs
 
 # %% ../nbs/11_analysis.ipynb #cd789004
@@ -281,15 +263,12 @@ def main_activations(
     dl:DataLoader|None=None, # Batches with targets (None: the validation set)
 ) -> tuple: # Features `(n,nf)`, logits `(n,n_out)`, classes `(n,)`, sorted by class
     "The main network's feature and logits of some images"
-    gather = GatherExits(feats=True)
-    learn._gather(ifnone(dl, learn.dls.valid), gather)
-    f,z,y = torch.cat(gather.fs).flatten(1),torch.cat(gather.zs)[:,-1],torch.cat(gather.ys)
-    g = torch.Generator().manual_seed(seed)
+    gather,g = GatherExits(feats=True),torch.Generator().manual_seed(seed)
+    z,y = learn._gather(ifnone(dl, learn.dls.valid), gather)
     some = torch.randperm(len(y), generator=g)
     if classes is not None: some = some[torch.isin(y[some], torch.randperm(int(y.max())+1, generator=g)[:classes])]
-    some = some[:n]
-    some = some[y[some].argsort(stable=True)]
-    return f[some],z[some],y[some]
+    some = some[:n][y[some[:n]].argsort(stable=True)]
+    return torch.cat(gather.fs).flatten(1)[some],z[some,-1],y[some]
 
 # %% ../nbs/11_analysis.ipynb #93cec113
 def class_similarity(
@@ -308,7 +287,7 @@ def plot_similarity(
     ax=None, # Axes to draw on (None: new ones)
 ): # The axes
     "The matrix of correlations"
-    if ax is None: _,ax = plt.subplots(figsize=(3.2,3))
+    ax = plt.subplots(figsize=(3.2,3))[1] if ax is None else ax
     ax.imshow(sim['r'], cmap='RdBu_r', vmin=-1, vmax=1, interpolation='nearest'); ax.set(xticks=[], yticks=[])
     ax.set_title(f"within {sim['within']:.2f}, between {sim['between']:.2f}", fontsize=9)
     return ax
@@ -346,11 +325,10 @@ def plot_curves(
     **kw # For matplotlib's `plot`
 ): # The axes
     "Accuracy over epochs: a thin line for each seed, a colour for each name"
-    if ax is None: _,ax = plt.subplots(figsize=(5,3))
+    ax = plt.subplots(figsize=(5,3))[1] if ax is None else ax
     for name,dfs in curves.items():
         color = None
-        for df in dfs:
-            df = df.dropna(subset=column)
+        for df in [o.dropna(subset=column) for o in dfs]:
             color = ax.plot(df.epoch, 100*df[column], lw=.8, label=None if color else name, **{'color': color, **kw})[0].get_color()
     ax.set(xlabel='epoch', ylabel='accuracy (%)')
     if ax.lines: ax.legend(fontsize=8)
@@ -375,8 +353,7 @@ class TrainCurve(Callback):
         with evaluating(model):
             for x,y in unaugmented(self.dls):
                 z = model.all_exits(x).logits
-                z = torch.cat([z, mean_logits(z)[:,None]], 1)
-                right = right + (z.argmax(-1)==y[:,None]).float().sum(0)
+                right = right + (torch.cat([z, mean_logits(z)[:,None]], 1).argmax(-1)==y[:,None]).float().sum(0)
         self.rows.append(dict(zip([*model.exit_names, 'ensemble'], (right/len(self.dls.train_ds)).tolist()), epoch=self.epoch))
 
     @property

@@ -98,14 +98,15 @@ class GatherExits(Callback):
         exits = live_exits(self.learn)
         self.zs.append(self.learn.to_detach(exits.logits))
         if self.feats: self.fs.append(self.learn.to_detach(exits.feats[:,-1]))
-        if len(self.yb): self.ys.append(self.learn.to_detach(self.yb[0]))
+        self.ys += self.learn.to_detach(self.yb[:1])
 
 # %% ../nbs/09_learner.ipynb #8e675fac
 @patch
-def _gather(self:Learner, dl, cbs):
-    "Run `dl` in order with `cbs`, and with an `EEDCallback`, borrowed if there is none; what `get_preds` gives"
+def _gather(self:Learner, dl, gather):
+    "Run `dl` in order with `gather`, and with an `EEDCallback`, borrowed if there is none; the logits of all exits, and targets or None"
     with self.added_cbs([] if self._grab_cbs(EEDCallback) else [EEDCallback(alpha=0.)]):
-        return self.get_preds(dl=dl.new(shuffle=False, drop_last=False), reorder=False, cbs=cbs)
+        self.get_preds(dl=dl.new(shuffle=False, drop_last=False), reorder=False, cbs=gather)
+    return torch.cat(gather.zs), torch.cat(gather.ys) if gather.ys else None
 
 # %% ../nbs/09_learner.ipynb #964bb739
 @patch
@@ -115,11 +116,9 @@ def get_exit_preds(self:Learner,
     ensemble:Callable|None=None, # Let each exit answer together with those before it: `mean_logits` or `mean_probs` (None: each for itself)
 ) -> tuple: # Probabilities `(n,n_exits,n_out)`, the main network's last, and targets `(n,)` or None
     "What every exit predicts, in the order of the data set"
-    gather = GatherExits()
-    self._gather(ifnone(dl, self.dls[ds_idx]), gather)
-    z = torch.cat(gather.zs)
+    z,y = self._gather(ifnone(dl, self.dls[ds_idx]), GatherExits())
     if ensemble is not None: z = prefix_ensembles(z, ensemble)
-    return z.softmax(-1), torch.cat(gather.ys) if gather.ys else None
+    return z.softmax(-1), y
 
 # %% ../nbs/09_learner.ipynb #d9b6ef94
 @patch
@@ -149,13 +148,12 @@ def plot_exits(
     ax=None, # Axes to draw on (None: new ones)
 ): # The axes
     "Accuracy of each exit against its share of the main network's cost; the ensemble apart"
-    if ax is None: _,ax = plt.subplots(figsize=(5.5,3.5))
+    ax = plt.subplots(figsize=(5.5,3.5))[1] if ax is None else ax
     exits,ens = df[df.exit!='ensemble'].sort_values('share'),df[df.exit=='ensemble']
     ax.plot(exits.share, exits.accuracy, marker='o', label='exits')
     if len(ens): ax.plot(ens.share, ens.accuracy, 'D', label='ensemble of all exits')
     for r in df.itertuples(): ax.annotate(r.exit, (r.share, r.accuracy), xytext=(0,-14), textcoords='offset points', ha='center', fontsize=9)
-    ax.margins(x=0.12, y=0.25)
     ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
-    ax.set(xlabel="cost: share of the main network's multiply-adds", ylabel='accuracy')
+    ax.set(xlabel="cost: share of the main network's multiply-adds", ylabel='accuracy', xmargin=0.12, ymargin=0.25)
     ax.legend(loc='best'); ax.grid(alpha=.3)
     return ax

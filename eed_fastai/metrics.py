@@ -24,12 +24,13 @@ _replaced = contextmanager(replacing_yield)     # `with _replaced(o, attr, value
 # %% ../nbs/07_metrics.ipynb #d7e350df
 class ExitMetric(Metric):
     "Any metric, of exit `i` instead of the main network"
+    name = None             # a plain attribute, each object's own
     def __init__(self,
         metric, # A function of `(pred, *yb)`, or a fastai `Metric`
         i:int, # Index of the exit; -1 is the main network
         name:str, # Its column's name
     ):
-        self.metric,self.i,self._name = mk_metric(deepcopy(metric)),i,name
+        self.metric,self.i,self.name = mk_metric(deepcopy(metric)),i,name
 
     def reset(self): self.metric.reset()
     def pick(self, z): return z[:,self.i]
@@ -39,8 +40,6 @@ class ExitMetric(Metric):
 
     @property
     def value(self): return self.metric.value
-    @property
-    def name(self): return self._name
 
 # %% ../nbs/07_metrics.ipynb #e405e417
 class EnsembleMetric(ExitMetric):
@@ -55,17 +54,15 @@ class EnsembleMetric(ExitMetric):
 # %% ../nbs/07_metrics.ipynb #43e79c5d
 class TermMetric(AvgLoss):
     "The mean of one term of `learn.exit_terms`, or of one exit's part of it"
+    name = None
     def __init__(self,
         term:str, # Its key in `learn.exit_terms` or `learn.exit_parts`, and its column's name
-    ): self.term = term
+    ): self.name = term
 
     def accumulate(self, learn):
         bs = find_bs(learn.yb)
-        self.total += learn.to_detach({**learn.exit_parts, **learn.exit_terms}.get(self.term, 0.))*bs   # 0 where its weight has been set to 0
+        self.total += learn.to_detach({**learn.exit_parts, **learn.exit_terms}.get(self.name, 0.))*bs   # 0 where its weight has been set to 0
         self.count += bs
-
-    @property
-    def name(self): return self.term
 
 # %% ../nbs/07_metrics.ipynb #4ab6e18e
 def exit_columns(

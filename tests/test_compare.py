@@ -1,5 +1,5 @@
 "Comparing recipes: the same start and batches for all, rows that are kept, numbers against loops."
-import pytest
+import sys, pytest
 from conftest import *
 from eed_fastai.analysis import *
 
@@ -132,3 +132,8 @@ def test_a_function_with_another_body_is_another_run():
         return {'mine': Recipe('here', teacher=teacher)}
     a,b,c = (run(names=recipe(i), seeds=1).run[0] for i in (0, 1, 0))
     assert a!=b and a==c
+
+def test_without_torchmetrics_the_calibration_column_stays_empty(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchmetrics', None)
+    scores = exit_scores(dict(main=torch.eye(3)), torch.arange(3))
+    assert scores['ece_main'] is None and scores['main']==100. and scores['nll_main']>0
