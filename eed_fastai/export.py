@@ -14,7 +14,7 @@ from . import models as eed_models
 from .stages import evaluating, probe_image
 from .exits import *
 from .model import *
-from .model import _create, _create_timm, _described, _import_timm
+from .model import _create, _described, _import_timm
 from .inference import *
 from .analysis import hardware, write_whole
 
@@ -184,7 +184,7 @@ def _read_weights(folder, config):
 # %% ../nbs/12_export.ipynb #b389c483
 def _check_size(arch, config, state):
     "No network is made that has more weights than the file"
-    with torch.device('meta'): n = sum(p.numel() for p in (_create_timm(arch, False, config['n_in']) if isinstance(arch, str) else arch()).parameters() if p.ndim==4)
+    with torch.device('meta'): n = sum(p.numel() for p in (_create(arch, False, config['n_in']) if isinstance(arch, str) else arch()).parameters() if p.ndim==4)
     largest = max((s for v in state.values() for s in v.shape), default=0)
     if any(type(v) is not int or not 0<v<=largest for v in config['head']['kwargs'].values()): raise ValueError(f"config.json describes heads of {config['head']['kwargs']}, which the weights in model.safetensors do not have; it was altered")
     held,last = sum(v.numel() for v in state.values()),[v.shape[0] for k,v in state.items() if k.startswith('heads.') and k.endswith('.bias')]
@@ -211,7 +211,7 @@ def load_multi_exit(
 # %% ../nbs/12_export.ipynb #67723b7c
 def _made_again(arch, config):
     head,kw = _heads[config['head']['name']],config['head']['kwargs']
-    if config['kept']: arch = _create(arch, False, config['n_in']) if callable(arch) else _create_timm(arch, False, config['n_in'])
+    if config['kept']: arch = _create(arch, False, config['n_in'])
     return multi_exit(arch, None if config['kept'] else config['n_out'], n_in=config['n_in'], cuts=config['cuts'], head=partial(head, **kw) if kw else head, size=config['size'], n_exits=config['n_exits'])
 
 # %% ../nbs/12_export.ipynb #cfc52239

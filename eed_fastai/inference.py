@@ -69,8 +69,7 @@ def early_exit(
     compact:float=1/16, # Take the finished out of the batch when they are at least this share of it (measured, see above)
 ) -> tuple: # Logits `(b,n_out)` and index of the exit `(b,)` of each image
     "Let each image leave at the first exit that is sure enough, and compute no more for it"
-    if (model := unwrap(found := model)) is None: raise TypeError(f"{type(found).__name__} has no exits; put some on it with `multi_exit`")
-    x = x.as_subclass(Tensor)                              # fastai's own kind of tensor takes a detour at every operation
+    model,x = unwrap(model, must=True),x.as_subclass(Tensor)                              # fastai's own kind of tensor takes a detour at every operation
     model._check(x)
     thresholds,k,zs = _thresholds_for(model, thresholds, temperatures),model.n_exits,[]
     rows = at = None                         # where those who stay are in the input, and in `x` (None: all, in order)

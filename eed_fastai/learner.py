@@ -33,16 +33,17 @@ def multi_exit_learner(
     cuts:list|None=None, # Where stages begin, as in `multi_exit`
     head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: as in `multi_exit`)
     n_exits:int|None=None, # So many exits, the main network's among them (None: one after each stage)
+    size:int|None=None, # Side of the image on which the network is tried, in pixels (None: `probe_size`)
     splitter:Callable=exit_splitter, # Parameter groups (first half of the stages, second half, heads)
     cbs:Callback|list|None=None, # Callbacks; an `EEDCallback()` is added unless they hold one
     **kwargs
 ) -> Learner: # Ready for `fine_tune` if `pretrained`, else for `fit_one_cycle`
     "A Learner with a multi-exit network and `EEDCallback`, in the manner of `vision_learner`"
-    model = multi_exit(arch, n_out, pretrained, n_in, cuts, head, n_exits=n_exits)
+    model = multi_exit(arch, n_out, pretrained, n_in, cuts, head, size, n_exits)
     is_module = isinstance(arch, nn.Module)
     if pretrained and normalize and not is_module: _add_norm(dls, {'stats': _pretrained_stats(arch)}, pretrained, n_in)
     cbs = L(cbs) if any(isinstance(cb, EEDCallback) or cb is EEDCallback for cb in L(cbs)) else L(cbs) + EEDCallback()
-    if is_module: cbs,kwargs = cbs + BnFreeze(),{'train_bn': False, **kwargs}       # frozen, it keeps its answers
+    if is_module: cbs,kwargs = cbs + FreezeStatistics(),{'train_bn': False, **kwargs}       # frozen, it keeps its answers
     learn = Learner(dls, model, splitter=splitter, cbs=cbs, **kwargs)
     if pretrained: learn.freeze()
     return learn

@@ -50,7 +50,8 @@ class MultiExitModel(nn.Module):
         plan:list|None=None, # For each stage what is special about its exit, see `make_heads`
     ):
         super().__init__()
-        self.stages,self.heads,self.head,self.size,self.plan = nn.ModuleList(stages),nn.ModuleList(),head,size,plan
+        self.stages,self.heads,self.head,self.size = nn.ModuleList(stages),nn.ModuleList(),head,size
+        self.plan = [{'widths': w, **o} for w,o in zip(stage_widths(stages, size), plan or [{}]*len(stages))]
         self.n_in,self.shapes = n_channels(self),stage_shapes(stages, size)
         self.n_out,self.want_exits,self.method = None,False,nn.ModuleDict()
         self.made = None                         # how `multi_exit` made it, for the record
@@ -118,7 +119,7 @@ def build(self:MultiExitModel,
     p = next(self.stages.parameters())
     self.heads,self.n_out = nn.ModuleList(heads).to(p.device, p.dtype),n_out
     if _is_channels_last(self.stages): self.heads.to(memory_format=torch.channels_last)
-    self.heads.train(self.training)
+    for h in heads[:-1] if main is not None else heads: h.train(self.training)           # a kept classifier has its own mode
     self.feature_sizes = self._probe_heads()
     return self
 
@@ -142,15 +143,18 @@ def _probe_heads(self:MultiExitModel):
 # %% ../nbs/04_model.ipynb #d18acd3d
 def unwrap(
     model:nn.Module, # A network, possibly inside DDP, DataParallel or `torch.compile`
+    must:bool=False, # Is it an error if there is none?
 ) -> MultiExitModel|None: # The multi-exit network inside; None if there is none
     "Find the `MultiExitModel`"
-    while model is not None and not isinstance(model, MultiExitModel):
-        model = getattr(model, '_orig_mod', None) or getattr(model, 'module', None)
-    return model
+    found = model
+    while found is not None and not isinstance(found, MultiExitModel): found = getattr(found, '_orig_mod', None) or getattr(found, 'module', None)
+    if must and found is None: raise TypeError(f"{type(model).__name__} has no exits; put some on it with `multi_exit`")
+    return found
 
 # %% ../nbs/04_model.ipynb #eb115cd6
 def _create(arch, pretrained, n_in):
-    "A network from the function `arch`, with `n_in` channels"
+    "A network from the function `arch`, or from a timm name, with `n_in` channels"
+    if isinstance(arch, str): return _import_timm(arch).create_model(arch, pretrained=pretrained, in_chans=n_in)
     params = inspect.signature(arch).parameters
     kw = {'n_in': n_in} if 'n_in' in params else {}
     if pretrained and 'weights' in params: kw['weights'] = 'DEFAULT'
@@ -166,19 +170,17 @@ def _import_timm(name):
     except ImportError as e: raise ImportError(f"{name!r} is looked up in timm, which is not installed: pip install 'eed_fastai[timm]', or pass a function such as resnet18") from e
     return timm
 
-def _create_timm(name, pretrained, n_in): return _import_timm(name).create_model(name, pretrained=pretrained, in_chans=n_in)
-
 # %% ../nbs/04_model.ipynb #b4759d30
 def _kept_head(model, stages, tail, size):
     "The classifier of `model` as a head, checked against `model`, and its classes; (None, None) for a body without one"
     if tail is not None and not [*tail.parameters()]: return None,None
-    kept = None if tail is None else KeptHead(tail, getattr(model, 'drop_rate', 0.) or 0.)
+    kept = None if tail is None else KeptHead(tail)
     with evaluating(model), evaluating(nn.Sequential(kept or nn.Identity())):
         x = probe_image(model, size)
         real,z = model(x),kept and kept(nn.Sequential(*stages)(x))[0]
     if z is None or z.ndim!=2 or z.shape!=real.shape or not torch.allclose(z, real, rtol=1e-4, atol=1e-5):
-        raise ValueError(f"The classifier of {type(model).__name__} cannot be kept: its modules in a row, with what is usual between them, do not give the network's logits (batch, classes). "
-                         "Pass the function that makes the network, or its body alone")
+        raise ValueError(f"The classifier of {type(model).__name__} cannot be kept: its modules in a row, with what is usual between them, do not give the network's logits (batch, classes), in training and in evaluation. "
+                         "Write as modules what its `forward` does there, or pass the body alone, for a new classifier")
     return kept,z.shape[1]
 
 # %% ../nbs/04_model.ipynb #c2b6cb17
@@ -197,6 +199,12 @@ def _described(f):
     while isinstance(f, partial): f,kwargs = f.func,{**f.keywords, **kwargs}
     return dict(module=getattr(f, '__module__', None), name=getattr(f, '__qualname__', None), kwargs=kwargs)
 
+# %% ../nbs/04_model.ipynb #7d06f391
+def _bare(m):
+    "What is inside DDP, DataParallel or `torch.compile`"
+    while isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(m, '_orig_mod'): m = getattr(m, '_orig_mod', None) or m.module
+    return m
+
 # %% ../nbs/04_model.ipynb #defb7893
 def multi_exit(
     arch:Callable|str|nn.Module, # Makes a network (`resnet18`), or a timm name, or a network, which keeps its classifier and its channels
@@ -204,14 +212,15 @@ def multi_exit(
     pretrained:bool=False, # Start from the published weights? They are downloaded
     n_in:int=3, # Channels of the images
     cuts:list|None=None, # Names or child indices of the parts where stages begin (None: where the network's `exit_plan` or timm's `feature_info` says, or where the map's side changes)
-    head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: EED's `ExitHead`, or `SeparableHead` where that would cost more than the main network, see `default_head`)
+    head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: EED's `ExitHead`, or `SeparableHead` where that costs too much, see `default_head`)
     size:int|None=None, # Side of the image on which the network is tried, in pixels (None: `probe_size`)
     n_exits:int|None=None, # So many exits, the main network's among them, at about equal shares of the multiply-adds (None: one after each stage)
 ) -> MultiExitModel: # Gives the main exit's logits, and `all_exits` on request
     "Put an exit after each stage of a CNN"
-    is_module = isinstance(arch, nn.Module)
-    if unwrap(arch if is_module else None) is not None: raise TypeError("This network has exits already; pass the backbone, or use it as it is")
-    model = arch if is_module else _create_timm(arch, pretrained, n_in) if isinstance(arch, str) else _create(arch, pretrained, n_in)
+    is_module,arch = isinstance(arch, nn.Module),_bare(arch)
+    if isinstance(arch, MultiExitModel): raise TypeError("This network has exits already; pass the backbone, or use it as it is")
+    model = arch if is_module else _create(arch, pretrained, n_in)
+    modes = {m: m.training for m in model.modules()}
     asked,size,(cuts,plan) = cuts,size or probe_size(model),_planned(model, cuts)
     stages,tail = split_network(model, cuts, size)
     main,n_kept = _kept_head(model, stages, tail, size) if is_module else (None,None)
@@ -222,7 +231,8 @@ def multi_exit(
     head = head or (ExitHead if plan else default_head(stages, size))
     res = MultiExitModel(stages, ifnone(n_out, n_kept), head, main, size, plan)
     res.made = dict(arch=None if is_module else _described(arch), head=_described(head), n_in=res.n_in, cuts=asked, n_exits=n_exits, size=size, kept=main is not None)
-    return res.train(model.training)
+    for m in res.modules(): m.training = modes.get(m, model.training)
+    return res
 
 # %% ../nbs/04_model.ipynb #bb631a3f
 class LogitsOf(Module):
@@ -280,15 +290,18 @@ def _measured(m, x):
 # %% ../nbs/04_model.ipynb #32fe8c1f
 def _measured_parts(model, size):
     "Multiply-adds and bytes of each stage and each head"
-    hw = (size,size) if isinstance(size, int) else tuple(size)
-    unwrap(model)._check_built()
-    copy,rows = deepcopy(unwrap(model)).to('meta', torch.float32),[]
-    x = torch.empty(1, copy.n_in, *hw, device='meta')
-    for stage,head in copy:
+    (model := unwrap(model, must=True))._check_built()
+    hw,p = (size,size) if isinstance(size, int) else tuple(size),next(model.parameters())
+    try: return _walk_parts(deepcopy(model).to('meta', torch.float32), torch.empty(1, model.n_in, *hw, device='meta'))
+    except Exception: return _walk_parts(model, p.new_zeros(1, model.n_in, *hw))        # something of it has no copy without numbers
+
+def _walk_parts(model, x):
+    rows = []
+    for stage,head in model:
         y,*of_stage = _measured(stage, x)
         rows.append((*of_stage, *_measured(head, y)[1:]))
         x = y
-    return pd.DataFrame(rows, columns=['stage','stage_bytes','head','head_bytes'], index=copy.exit_names)
+    return pd.DataFrame(rows, columns=['stage','stage_bytes','head','head_bytes'], index=model.exit_names)
 
 # %% ../nbs/04_model.ipynb #af18322a
 def part_macs(
@@ -303,9 +316,9 @@ def exit_costs(
     model:MultiExitModel, # A network with its heads built
     size:int|tuple, # Side of the images in pixels, or (height, width)
     ensemble:bool=False, # A last row `ensemble`: the main network and all heads?
-) -> pd.DataFrame: # Columns `exit, macs, share, params, activation_mb, dear`; for one image in float32; share of the main network's macs; rows `exit0 … main`
+) -> pd.DataFrame: # Columns `exit, macs, share, params, activation_mb, dear`; for one image, in float32 where a copy on the `meta` device can be made; share of the main network's macs; rows `exit0 … main`
     "Multiply-adds, parameters and peak memory of the activations of each exit as a network of its own"
-    model,parts = unwrap(model),_measured_parts(model, size)
+    model,parts = unwrap(model, must=True),_measured_parts(model, size)
     res = pd.DataFrame(dict(exit=parts.index, macs=(parts['stage'].cumsum() + parts['head']).values, params=[total_params(model.upto(i))[0] for i in range(len(parts))],
                             activation_mb=np.maximum(parts.stage_bytes.cummax(), parts.head_bytes).values/1e6))
     res['dear'] = res.macs>res.macs.iloc[-1]
@@ -317,9 +330,10 @@ def exit_splitter(
     model:nn.Module, # A multi-exit network, possibly wrapped
 ) -> list: # Three lists of parameters
     "First half of the stages; second half, and a classifier that was kept; heads, and what a method trains"
-    m = unwrap(model)
+    m,seen = unwrap(model, must=True),set()
+    def new(part): return [p for p in params(part) if not (p in seen or seen.add(p))]        # a module may be in two stages
     k,n = m.n_exits//2,m.n_exits - any(isinstance(o, KeptHead) for o in m.heads[-1:])
-    return L(m.stages[:k], nn.ModuleList([*m.stages[k:], *m.heads[n:]]), nn.ModuleList([m.heads[:n], m.method])).map(params)
+    return L(m.stages[:k], nn.ModuleList([*m.stages[k:], *m.heads[n:]]), nn.ModuleList([m.heads[:n], m.method])).map(new)
 
 # %% ../nbs/04_model.ipynb #94691f5a
 def plot_costs(

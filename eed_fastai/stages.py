@@ -355,7 +355,7 @@ def join_stages(
     ends:list, # Indices of those that stay the end of one
 ) -> list: # Fewer stages, which share the modules
     "Put stages together"
-    return [_stage(o for s in stages[i:j] for o in s.named_children()) for i,j in zip([0, *[e+1 for e in ends[:-1]]], [e+1 for e in ends])]
+    return [_stage(o for s in stages[i:j] for o in s._modules.items()) for i,j in zip([0, *[e+1 for e in ends[:-1]]], [e+1 for e in ends])]
 
 # %% ../nbs/02_stages.ipynb #30ab7b5d
 def split_stages(

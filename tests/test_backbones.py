@@ -103,8 +103,8 @@ class Encoder(nn.Module):
         return x
 
 class Opaque(nn.Module):
-    def __init__(self): super().__init__(); self.fc,self.encoder,self.drop_rate = nn.Linear(512, 7),Encoder(),.3
-    def forward(self, x): return self.fc(F.dropout(self.encoder(x).mean((2,3)), self.drop_rate, self.training))
+    def __init__(self): super().__init__(); self.fc,self.encoder = nn.Linear(512, 7),Encoder()
+    def forward(self, x): return self.fc(F.dropout(self.encoder(x).mean((2,3)), .3, self.training))
 
 @pytest.mark.parametrize('make,size,n', [(LeNet, 32, 2), (Opaque, 64, 4)])
 def test_networks_of_ones_own(make, size, n):
@@ -113,7 +113,7 @@ def test_networks_of_ones_own(make, size, n):
     x = torch.randn(2, 3, size, size)
     assert model.n_exits==n and model.size==size
     with torch.no_grad(): assert torch.allclose(model(x), net(x), rtol=1e-4, atol=1e-5)
-    if make is Opaque: assert [o.p for o in model.heads[-1].body if isinstance(o, nn.Dropout)]==[.3]           # a function in `forward`, put back as a module
+    if make is Opaque: assert [round(o.p, 3) for o in model.heads[-1].body if isinstance(o, nn.Dropout)]==[.3]           # a function in `forward`, put back as a module
 
 class Odd(nn.Module):
     def __init__(self): super().__init__(); self.net = tiny_resnet()
@@ -123,6 +123,154 @@ class Odd(nn.Module):
 
 def test_a_function_that_is_unknown_is_named():
     with pytest.raises(ValueError, match='from net.layer1.1 to net.layer2.0, its `forward` does something for which it has no module'): multi_exit(Odd())
+
+def conv(ni, nf, stride=1): return nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
+
+class Base(nn.Module):
+    "A plain network, for variations on it"
+    def __init__(self):
+        super().__init__()
+        self.l0,self.l1,self.l2,self.l3 = [nn.Sequential(conv(i, o, s), conv(o, o)) for i,o,s in ((3,8,1), (8,16,2), (16,32,2), (32,64,2))]
+        self.fc = nn.Linear(64, 5)
+        self.more()
+    def more(self): pass
+    def body(self, x): return self.l3(self.l2(self.l1(self.l0(x))))
+    def forward(self, x): return self.fc(self.body(x).mean((2,3)))
+
+class TopSE(Base):
+    "A branch across two stages, by functions, with a pooling before maps go on"
+    def more(self): self.pool,self.gate = nn.AdaptiveAvgPool2d(1),nn.Conv2d(32, 32, 1)
+    def forward(self, x): x = self.l2(self.l1(self.l0(x))); return self.fc(self.l3(x*self.gate(self.pool(x)).sigmoid()).mean((2,3)))
+
+class Noise(Base):
+    def forward(self, x): x = self.body(x); return self.fc((x + torch.randn_like(x) if self.training else x).mean((2,3)))
+
+class Kwargs(Base):
+    def forward(self, x): return self.fc(self.l3(self.l2(self.l1(input=self.l0(input=x)))).mean((2,3)))
+
+@pytest.mark.parametrize('make', [TopSE, Noise])
+def test_nothing_is_lost_in_silence(make):
+    for arch in (make, make()):
+        with pytest.raises(ValueError, match='cannot be (cut|kept)'): multi_exit(arch, n_out=5)
+    with pytest.raises(ValueError): multi_exit(TopSE, n_out=5)
+
+class Dropped(Base):
+    def forward(self, x): return self.fc(F.dropout(self.l3(F.dropout2d(self.l2(self.l1(self.l0(x))), .25, self.training)).mean((2,3)), .5, self.training))
+
+def test_dropout_by_a_function_is_put_back():
+    net = Dropped()
+    model = multi_exit(net)
+    found = [(type(m).__name__, round(m.p, 2)) for m in model.modules() if 'Dropout' in type(m).__name__]
+    assert found==[('Dropout2d', .25), ('Dropout', .5)]
+    x = torch.randn(64, 3, 32, 32)
+    a,b = (torch.stack([m(x) for _ in range(30)]).var(0).mean() for m in (net, model))
+    assert .7<a/b<1.4                                           # as noisy as before
+    assert not multi_exit(net).eval().training and torch.allclose(multi_exit(net).eval()(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+
+class ReLU6Net(Base):
+    def body(self, x):
+        for l in (self.l0, self.l1, self.l2, self.l3): x = F.relu6(l[1][0](F.relu6(l[0][0](x))))
+        return x
+
+class CeilNet(Base):
+    def body(self, x): return self.l3(F.max_pool2d(self.l2(F.max_pool2d(self.l1(self.l0(x)), 2, ceil_mode=True)), 2, ceil_mode=True))
+
+class MaxNet(Base):
+    def forward(self, x): return self.fc(self.body(x).amax((2,3)))
+
+class LeakyNet(Base):
+    def forward(self, x): return self.fc(F.leaky_relu(self.l3(F.max_pool2d(self.l2(self.l1(self.l0(x))), 3, 2, 1)), .1).mean((2,3)))
+
+@pytest.mark.parametrize('make', [ReLU6Net, CeilNet, MaxNet, LeakyNet, Kwargs])
+@pytest.mark.parametrize('size', [64, 70])
+def test_functions_are_told_apart(make, size):
+    net = make().eval()
+    model = multi_exit(net).eval()
+    for scale in (1, 30):
+        x = scale*torch.randn(2, 3, size, size)
+        with torch.no_grad(): assert torch.allclose(model(x), net(x), rtol=1e-4, atol=1e-5)
+
+def test_a_convolution_as_classifier_stays():
+    class Wrap(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): return self.net(x)
+    nin = nn.Sequential(conv(3,8), conv(8,8), conv(8,16,2), conv(16,32,2), conv(32,64,2), nn.Conv2d(64,10,1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for net,n in ((nin, 10), (Wrap(models.squeezenet1_1(num_classes=7)), 7)):
+        model = multi_exit(net.eval()).eval()
+        x = torch.randn(2, 3, 96, 96)
+        with torch.no_grad(): assert model.n_out==n and torch.allclose(model(x), net(x), rtol=1e-4, atol=1e-5)
+
+class SameNames(Base):
+    def more(self): self.drop,self.drop_1,self.mid = nn.Dropout(.2),nn.Dropout(.5),nn.Linear(64, 64)
+    def forward(self, x): return self.fc(self.drop_1(self.drop(self.mid(self.drop(self.body(x).mean((2,3)))))))
+
+def test_parts_whose_names_would_clash():
+    assert [m.p for m in multi_exit(SameNames()).heads[-1].body if isinstance(m, nn.Dropout)]==[.2,.2,.5]
+
+class Shared(Base):
+    def more(self): self.l2,self.l3,self.shared = conv(16,16,2),conv(16,64,2),conv(16,16)
+    def forward(self, x): return self.fc(self.l3(self.shared(self.l2(self.shared(self.l1(self.l0(x)))))).mean((2,3)))
+
+def test_a_module_in_two_stages_is_trained_once():
+    from eed_fastai.model import exit_splitter
+    model = multi_exit(Shared())
+    ids = [id(p) for g in exit_splitter(model) for p in g]
+    assert len(ids)==len(set(ids))==len(list(model.parameters()))
+
+def test_modes_stay():
+    net = Base()
+    net.l1.eval()
+    before = {m: m.training for m in net.modules()}
+    multi_exit(net)
+    assert all(m.training==t for m,t in before.items())
+    vgg = models.vgg11_bn().eval()
+    with pytest.raises(ValueError, match='returns a pair'): multi_exit(vgg, head=lambda ni,widths,n_out: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ni,n_out)))
+    assert not any(m.training for m in vgg.modules())
+
+@pytest.mark.parametrize('kw', [dict(n_exits=3), dict(n_exits=2), dict(cuts=['layer2'])])
+def test_an_exit_costs_the_same_whoever_else_is_there(kw):
+    every = exit_costs(multi_exit(resnet18, n_out=10), 224).set_index('params').macs
+    some = exit_costs(multi_exit(resnet18, n_out=10, **kw), 224)
+    assert [every[p] for p in some.params]==some.macs.tolist()
+
+class InPlace(nn.Module):
+    def __init__(self, ni, nf): super().__init__(); self.drop,self.convs = nn.Dropout2d(.3, inplace=True),nn.Sequential(nn.Conv2d(ni,nf,3,2,1), nn.ReLU(), nn.Conv2d(nf,nf,3,1,1))
+    def forward(self, x): return self.convs(self.drop(x))
+
+def test_a_dropout_in_place_at_the_start_of_a_stage():
+    net = nn.Sequential(nn.Conv2d(3,8,3,1,1), nn.BatchNorm2d(8), InPlace(8,16), InPlace(16,32), InPlace(32,32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,5))
+    multi_exit(net).all_exits(torch.randn(4,3,64,64)).logits.sum().backward()
+
+def test_fastais_timm_networks():
+    "They hold weights that never run"
+    from fastai.vision.learner import create_timm_model
+    pytest.importorskip('timm')
+    for name in ('mobilenetv3_small_100', 'convnextv2_atto'):
+        net = create_timm_model(name, 10, pretrained=False)[0].eval()
+        model = multi_exit(net).eval()
+        x = torch.randn(2, 3, 64, 64)
+        with torch.no_grad(): assert torch.allclose(model(x), net(x), rtol=1e-4, atol=1e-5)
+
+def test_unpadded_convolutions_are_one_stage_until_half_is_gone():
+    net = nn.Sequential(*[m for i,o in ((3,8), *[(8,8)]*9) for m in (nn.Conv2d(i,o,5), nn.ReLU())], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,5))
+    assert len(split_stages(net))<=3
+
+def test_plain_networks_have_no_exits():
+    from eed_fastai.model import exit_splitter
+    for f in (partial(exit_costs, size=64), partial(part_macs, size=64), exit_splitter):
+        with pytest.raises(TypeError, match='has no exits; put some on it with `multi_exit`'): f(resnet18())
+
+class Centred(Base):
+    def more(self): self.mean = torch.zeros(1,8,1,1); self.l1.register_forward_pre_hook(lambda m,a: (a[0]-self.mean,))
+
+def test_costs_of_what_has_no_copy_without_numbers():
+    a,b = (exit_costs(multi_exit(o, n_out=5), 64) for o in (Centred, Base))
+    assert a.macs.tolist()==b.macs.tolist()
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile], ids=['DataParallel','compile'])
+def test_a_wrapped_network_is_taken_out(wrap):
+    net = Base()
+    assert multi_exit(wrap(net)).stages[0][0] is net.l0[0][0]
 
 def test_a_stage_that_begins_in_place():
     net = nn.Sequential(nn.Conv2d(3,8,3,1,1), nn.BatchNorm2d(8), nn.Conv2d(8,8,3,1,1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8,16,3,2,1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
