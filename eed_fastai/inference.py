@@ -13,7 +13,6 @@ __all__ = ['fixed_grid', 'max_prob', 'margin', 'entropy', 'patience', 'early_exi
 from fastai.vision.all import *
 from matplotlib.ticker import PercentFormatter
 from scipy import optimize,stats
-from torch.utils.benchmark import timer
 from .stages import evaluating
 from .model import *
 from .metrics import _replaced
@@ -155,9 +154,12 @@ def _ask(head, x): return int((max_prob(head(x)[0][:,None])>=.5).sum())         
 # %% ../nbs/10_inference.ipynb #4ae6a522
 def _ms(f):
     "Milliseconds that `f()` takes, the GPU's work included"
-    start = timer()                      # waits for the GPU
+    def now():
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        return time.perf_counter()
+    start = now()
     f()
-    return 1000*(timer()-start)
+    return 1000*(now()-start)
 
 # %% ../nbs/10_inference.ipynb #0ff833d0
 def walk_costs(

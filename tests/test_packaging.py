@@ -124,6 +124,10 @@ def test_small():
     "The aim was 1,500 before early exit and export came (600); to be brought down, not up"
     assert sum(statements(f) for f in (root/'eed_fastai').glob('*.py') if f.name!='_modidx.py') <= 2200
 
+def test_importing_says_nothing():
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from eed_fastai.all import *'], capture_output=True, text=True)
+    assert (res.returncode, res.stdout, res.stderr)==(0, '', '')
+
 def readme_tool():
     spec = importlib.util.spec_from_file_location('readme', root/'tools/readme.py')
     mod = importlib.util.module_from_spec(spec); spec.loader.exec_module(mod)
