@@ -396,8 +396,7 @@ class FreezeStatistics(Callback):
     "Keep the running statistics of stages and heads in which nothing is trained (as fastai's `BnFreeze`, and for norms without weights)"
     run_after = TrainEvalCallback
     def before_train(self):
-        model = _live_model(self.learn)
-        for part in (*model.stages, *model.heads):
+        for part in itertools.chain(*_live_model(self.learn)):                   # each stage and its head
             for m in part.modules():
                 if isinstance(m, nn.modules.batchnorm._NormBase) and not any(p.requires_grad for p in (*m.parameters(),) or part.parameters()): m.eval()
 

@@ -52,7 +52,7 @@ def _refuse(model, why, fix="Pass the network as an nn.Sequential of its parts, 
     raise ValueError(f"{type(model).__name__} cannot be cut into stages: {why}. {fix}")
 
 # %% ../nbs/02_stages.ipynb #58fccdac
-def _watch(model, closed, names, links):
+def _watch(closed, names, links):
     "Hooks that append a `Link` for each call of a `closed` module that is not inside another"
     active = []
     def enter(m, args, kwargs):
@@ -74,8 +74,7 @@ def trace(
     links,names = [],defaultdict(list)
     for name,m in model.named_modules(remove_duplicate=False): names[m].append(name)
     looked_into = nn.Sequential.forward,nn.Module.forward        # the second is that of containers without a `forward`, such as `nn.ModuleList`
-    closed = [m for m in names if m is not model and m not in opened and type(m).forward not in looked_into]
-    hooks = _watch(model, closed, names, links)
+    hooks = _watch([m for m in names if m is not model and m not in opened and type(m).forward not in looked_into], names, links)
     try: return links,model(x)
     finally:
         for h in hooks: h.remove()
@@ -274,8 +273,7 @@ def _stage(named):
 # %% ../nbs/02_stages.ipynb #55a34d6c
 def _begins_in_place(stage):
     "Does something of it work in place before anything with weights?"
-    first_ones = itertools.takewhile(lambda m: not [*m.parameters(recurse=False)], stage.modules())
-    return any(getattr(m, 'inplace', False) for m in first_ones)
+    return any(getattr(m, 'inplace', False) for m in itertools.takewhile(lambda m: not [*m.parameters(recurse=False)], stage.modules()))
 
 # %% ../nbs/02_stages.ipynb #44c8faa2
 def _prove(model, body, stages, x):
