@@ -3,11 +3,11 @@
     python benchmarks/early_exit.py                      # all networks, batch 1 and 64: rows in results/early_exit.csv
     python benchmarks/early_exit.py --compaction         # what taking images out of a batch costs and saves: results/compaction.csv
 
-The variants take turns, round by round, after a warm-up; p50 and p95 are over the rounds (p95 from 40 on). A ratio is the median of the rounds'
+The variants take turns, round by round and in each round in another order (what ran before leaves its mark in the caches), after a warm-up; p50 and p95 are over the rounds (p95 from 40 on). A ratio is the median of the rounds'
 own ratios, so that a machine that slows down for a while slows both sides. Time nothing else meanwhile. With `pip install earlyon==0.3`
 its wrapper is timed on the same backbone, heads and images.
 """
-import sys
+import random, sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -68,13 +68,13 @@ def earlyon_variants(model, x):
     return {'earlyon, none leaves': (wrapped([1.]*(k-1)), 'all open, none leaves'), 'earlyon, all leave at exit0': (wrapped([0.]*(k-1)), 'all leave at exit0')}
 
 def measure(fs, rounds):
-    "Milliseconds of each function in each round, taking turns; the first three rounds warm up"
-    times = {k: [] for k in fs}
+    "Milliseconds of each function in each round, taking turns in an order that changes; the first three rounds warm up"
+    times,order = {k: [] for k in fs},random.Random(0)
     with torch.no_grad():
         for _ in range(rounds+3):
-            for name,f in fs.items():
+            for name in order.sample([*fs], len(fs)):
                 sync(); start = time.perf_counter()
-                f()
+                fs[name]()
                 sync(); times[name].append(1000*(time.perf_counter()-start))
     return {k: np.array(v[3:]) for k,v in times.items()}
 
