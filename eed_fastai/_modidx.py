@@ -436,7 +436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'eed_fastai.stages._makes': ('stages.html#_makes', 'eed_fastai/stages.py'),
                                    'eed_fastai.stages._n_body': ('stages.html#_n_body', 'eed_fastai/stages.py'),
                                    'eed_fastai.stages._named_cuts': ('stages.html#_named_cuts', 'eed_fastai/stages.py'),
-                                   'eed_fastai.stages._only_in_training': ('stages.html#_only_in_training', 'eed_fastai/stages.py'),
+                                   'eed_fastai.stages._other_in_training': ('stages.html#_other_in_training', 'eed_fastai/stages.py'),
                                    'eed_fastai.stages._past_stem': ('stages.html#_past_stem', 'eed_fastai/stages.py'),
                                    'eed_fastai.stages._prove': ('stages.html#_prove', 'eed_fastai/stages.py'),
                                    'eed_fastai.stages._published': ('stages.html#_published', 'eed_fastai/stages.py'),

@@ -139,9 +139,9 @@ def _fill(runs, trained):
     return drop and (*mods, drop)
 
 # %% ../nbs/02_stages.ipynb #c020c507
-def _only_in_training(model, run, trained):
-    "Names of the parts that run in training only; where that cannot be tried, of those that have weights and do not run"
-    if trained is not None: return {o.name for o in trained} - {o.name for o in run}
+def _other_in_training(model, run, trained):
+    "Names of the parts that run otherwise in training; where that cannot be tried, of those that have weights and do not run"
+    if trained is not None: return {o.name for pair in itertools.zip_longest(run, trained) for o in pair if o is not None and len({getattr(p, 'name', '') for p in pair})>1}
     ran = {p for o in run[1:-1] for p in o.module.parameters()}
     return {name for name,m in model.named_modules() if any(p not in ran for p in m.parameters(recurse=False))}
 
@@ -149,7 +149,7 @@ def _only_in_training(model, run, trained):
 def _row(model, x, opened):
     "The links of `model` in a row, where the row breaks (None: nowhere), and the links behind that place"
     runs,trained = watch_runs(model, x, opened)
-    if more := _only_in_training(model, runs[0], trained): _refuse(model, f"in training it also uses `{min(more)}` (an auxiliary classifier, perhaps)", "Make it without, as by `aux_logits=False`")
+    if others := _other_in_training(model, runs[0], trained): _refuse(model, f"in training it does not run the same parts as in evaluation ({', '.join(sorted(others)[:3])}: an auxiliary classifier, perhaps)", "Make it without, as by `aux_logits=False`")
     row,n = [],len(runs)
     for i,gap in enumerate(zip(*[zip(o, o[1:]) for o in runs + [trained]*(trained is not None)])):
         (last,link),pairs,y = gap[0],[(a.y, b.x) for a,b in gap],gap[0][0].y
