@@ -211,7 +211,7 @@ def multi_exit(
     n_out:int|None=None, # Classes (None: `EEDCallback` takes them from the data; a network that keeps its classifier has them)
     pretrained:bool=False, # Start from the published weights? They are downloaded
     n_in:int=3, # Channels of the images
-    cuts:list|None=None, # Names or child indices of the parts where stages begin (None: where the network's `exit_plan` or timm's `feature_info` says, or where the map's side changes)
+    cuts:list|None=None, # Names or child indices of the parts where stages begin (None: where the network's `exit_plan` or timm's `feature_info` says, or where the map has become smaller by half)
     head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: EED's `ExitHead`, or `SeparableHead` where that costs too much, see `default_head`)
     size:int|None=None, # Side of the image on which the network is tried, in pixels (None: `probe_size`)
     n_exits:int|None=None, # So many exits, the main network's among them, at about equal shares of the multiply-adds (None: one after each stage)

@@ -244,7 +244,7 @@ def _find_cuts(model, body):
         if side/o.y.shape[-1]<1.5: continue
         side = o.y.shape[-1]
         if i and _past_stem(body, start := _group_start(body, i)): found.append(start)
-    return [i for i in _published(model, body) or found if any(_weighted(o.module) for o in body[i:])]
+    return [i for i in _published(model, body) or sorted({*found}) if any(_weighted(o.module) for o in body[i:])]
 
 # %% ../nbs/02_stages.ipynb #8691c347
 def _named_cuts(model, body, cuts):

@@ -259,6 +259,26 @@ def test_unpadded_convolutions_are_one_stage_until_half_is_gone():
     net = nn.Sequential(*[m for i,o in ((3,8), *[(8,8)]*9) for m in (nn.Conv2d(i,o,5), nn.ReLU())], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,5))
     assert len(split_stages(net))<=3
 
+def test_a_group_that_shrinks_twice_is_one_cut():
+    group = nn.Sequential(nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.MaxPool2d(2))
+    net = nn.Sequential(conv(3,8), conv(8,8), group, conv(8,16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,5))
+    assert [len(o)>0 for o in split_stages(net)]==[True,True]
+
+def test_statistics_of_norms_without_weights_stay():
+    class Loose(Base):
+        def more(self): self.l1 = nn.Sequential(self.l1, nn.BatchNorm2d(16, affine=False))
+    learn = make_learner(dls=small_digits(), model=Loose().float())
+    learn.model.fc = nn.Linear(64, 10)
+    learn.to_eed()
+    norm = next(m for m in learn.model.stages.modules() if isinstance(m, nn.BatchNorm2d) and not m.affine)
+    before = norm.running_mean.clone()
+    learn.freeze()
+    with learn.no_logging(): learn.fit(1)
+    assert torch.equal(norm.running_mean, before)
+    learn.unfreeze()
+    with learn.no_logging(): learn.fit(1)
+    assert not torch.equal(norm.running_mean, before)
+
 def test_plain_networks_have_no_exits():
     from eed_fastai.model import exit_splitter
     for f in (partial(exit_costs, size=64), partial(part_macs, size=64), exit_splitter):
