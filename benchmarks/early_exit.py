@@ -35,6 +35,14 @@ def walk(model, x, i):
         z,_ = head(x)
     return z
 
+def asking_walk(model, x, i):
+    "By hand, and the least that asking takes: is the likeliest class likely enough?"
+    for stage,head in list(model)[:i+1]:
+        x = stage(x)
+        z,_ = head(x)
+        if all((z.softmax(-1).amax(-1)>=1.1).tolist()): break
+    return z
+
 def first_half(z):
     "A score: at the first exit every other image is sure, later none"
     return (torch.arange(len(z), device=z.device)%2==0).float() if z.shape[1]==1 else torch.zeros(len(z), device=z.device)
@@ -46,6 +54,7 @@ def variants(model, x):
            'all exits by hand': (partial(model.all_exits, x), None), 'all open, none leaves': (partial(early_exit, model, x, [1.]*(k-1)), 'all exits by hand')}
     for i in range(k-1):
         res[f'walk to exit{i} by hand'] = partial(walk, model, x, i),None
+        res[f'walk to exit{i}, asking by hand'] = partial(asking_walk, model, x, i),f'walk to exit{i} by hand'
         res[f'all leave at exit{i}'] = partial(early_exit, model, x, [1.]*i + [0.]*(k-1-i)),f'walk to exit{i} by hand'
     if len(x)>1:
         res['half leave at exit0'] = partial(early_exit, model, x, [.5]*(k-1), first_half),'main network by hand'

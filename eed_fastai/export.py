@@ -14,7 +14,7 @@ from . import models as eed_models
 from .stages import evaluating, probe_image
 from .exits import *
 from .model import *
-from .model import _create, _described, _import_timm
+from .model import _create, _described, _import_timm, _optional
 from .inference import *
 from .analysis import hardware, write_whole
 
@@ -236,8 +236,7 @@ def export_onnx(
     stats:tuple|None=None, # Mean and standard deviation with which images are normalised (None: as above)
 ) -> Path: # The folder
     "Write a graph for each stage and each head, for any number of images, and a runtime that needs numpy and onnxruntime only"
-    try: import onnx, onnxscript
-    except ImportError as e: raise ImportError("Writing ONNX needs onnx and onnxscript: pip install 'eed_fastai[onnx]'") from e
+    for o in ('onnx','onnxscript'): _optional(o, 'onnx', f'Writing ONNX needs {o}')
     model,folder = unwrap(model),Path(folder).resolve()
     config = getattr(model, 'config', None) or {}
     model._check_built()

@@ -7,7 +7,7 @@ __all__ = ['Exits', 'stack_exits', 'MultiExitModel', 'unwrap', 'multi_exit', 'Lo
            'exit_costs', 'exit_splitter', 'plot_costs']
 
 # %% ../nbs/04_model.ipynb #91bac747
-import inspect, weakref
+import importlib, inspect, weakref
 from fastai.vision.all import *
 from fastai.vision.learner import _update_first_layer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,22 +72,22 @@ class MultiExitModel(nn.Module):
         want,self.want_exits = self.want_exits,False
         if want: return self.all_exits(x)
         self._check(x)
-        for i in range(self.n_exits): x = self._stage(i, x)
+        for i,stage in enumerate(self.stages): x = stage(self._fits(i, x))
         return self.heads[-1](x)[0]
 
     def all_exits(self, x):
         "`Exits` for images `(bs,n_in,h,w)`"
         self._check(x)
         outs = []
-        for i,head in enumerate(self.heads):
-            x = self._stage(i, x)
+        for i,(stage,head) in enumerate(self):
+            x = stage(self._fits(i, x))
             outs.append(head(x))
         return stack_exits(outs)
 
 # %% ../nbs/04_model.ipynb #c09f08c7
 @patch
 def _check_built(self:MultiExitModel):
-    if not len(self.heads):
+    if self.n_out is None:
         raise RuntimeError("This network has no exits yet, because the number of classes is not known. "
                            "Pass `n_out=` to `multi_exit`, or put `EEDCallback()` on its Learner, which takes it from the data")
 
@@ -101,11 +101,12 @@ def _check(self:MultiExitModel, x):
 
 # %% ../nbs/04_model.ipynb #01df11d9
 @patch
-def _stage(self:MultiExitModel, i, x):
+def _fits(self:MultiExitModel, i, x):
+    "`x`, unless it is too small for stage `i`"
     if i and x.shape[-2:]==(1,1) and self.shapes[i][1]<self.shapes[i-1][1]:
         raise ValueError(f"The images are too small: stage {i} of {self.n_exits} should shrink its map, but it gets a single cell. "
                          "Use larger images (`Resize`), or a network with a smaller stem, such as `cifar_resnet18`")
-    return self.stages[i](x)
+    return x
 
 # %% ../nbs/04_model.ipynb #42c41684
 @patch
@@ -164,11 +165,14 @@ def _create(arch, pretrained, n_in):
     if 'n_in' not in kw: _update_first_layer(model, n_in, pretrained)
     return model
 
+# %% ../nbs/04_model.ipynb #5d3041c4
+def _optional(name, extra, lacks):
+    "The module `name`, which not everyone needs"
+    try: return importlib.import_module(name)
+    except ImportError as e: raise ImportError(f"{lacks}: pip install 'eed_fastai[{extra}]'") from e
+
 # %% ../nbs/04_model.ipynb #4775cb7c
-def _import_timm(name):
-    try: import timm
-    except ImportError as e: raise ImportError(f"{name!r} is looked up in timm, which is not installed: pip install 'eed_fastai[timm]', or pass a function such as resnet18") from e
-    return timm
+def _import_timm(name): return _optional('timm', 'timm', f"{name!r} is looked up in timm, which is not installed; pass a function such as resnet18, or")
 
 # %% ../nbs/04_model.ipynb #b4759d30
 def _kept_head(model, stages, tail, size):

@@ -120,6 +120,13 @@ def test_unreadable_image(tmp_path):
 def test_pretrained_without_weights():
     with fails(ValueError, 'takes neither `weights` nor `pretrained`'): multi_exit_learner(small_digits(), cifar_resnet18)
 
+@pytest.mark.parametrize('package,extra,use', [('timm', 'timm', lambda: multi_exit('resnet18', 5)), ('torchmetrics', 'bench', lambda: ece(torch.randn(4,5), torch.arange(4))),
+                                               ('onnxscript', 'onnx', lambda: export_onnx(multi_exit(tiny_resnet, 5), 'never_made', 16))])
+def test_an_extra_that_is_missing_is_named(monkeypatch, package, extra, use):
+    for name in [o for o in sys.modules if o.split('.')[0]==package]: monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'eed_fastai\[{extra}\]'"): use()
+
 def test_a_kept_classifier_with_other_classes():
     with fails(ValueError, '5 classes', 'n_out=10'): multi_exit(cifar_resnet18(n_out=5, width=8), n_out=10)
     with fails(ValueError, '5 classes', 'the data has 10'): make_learner(EEDCallback(), model=multi_exit(cifar_resnet18(n_out=5, width=8)))

@@ -77,6 +77,13 @@ def test_modes_come_back_and_statistics_stay():
     early_exit(model, images(9), [.3,.3,.3])
     assert all(torch.equal(v, state[k]) for k,v in model.state_dict().items())
 
+def test_what_the_heads_gave_is_not_written_over():
+    model,x,kept = network(),images(32),[]
+    with torch.no_grad(): z = model.all_exits(x).logits
+    model.heads[0].register_forward_hook(lambda m,a,out: kept.append(out[0]))
+    where = early_exit(model, x, [max_prob(z[:,:1]).median().item(), 0., 2.])[1]
+    assert set(where.tolist())=={0,1} and torch.equal(kept[0], z[:,0])
+
 def test_skipped_work_is_not_done():
     model,x,n = network(),images(32),Counter()
     for kind,ms in (('stage', model.stages), ('head', model.heads)):
