@@ -10,7 +10,6 @@ __all__ = ['fixed_grid', 'max_prob', 'margin', 'entropy', 'patience', 'early_exi
            'random_halves']
 
 # %% ../nbs/10_inference.ipynb #715aa3dd
-from contextlib import nullcontext
 from fastai.vision.all import *
 from matplotlib.ticker import PercentFormatter
 from scipy import optimize,stats
@@ -70,28 +69,29 @@ def early_exit(
     compact:float=1/16, # Take the finished out of the batch when they are at least this share of it (measured, see above)
 ) -> tuple: # Logits `(b,n_out)` and index of the exit `(b,)` of each image
     "Let each image leave at the first exit that is sure enough, and compute no more for it"
+    if torch.is_grad_enabled():
+        with torch.no_grad(): return early_exit(model, x, thresholds, score, temperatures, compact)
     model,x = unwrap(model, must=True),x if type(x) is Tensor else x.as_subclass(Tensor) # fastai's own kind takes a detour at every operation
     model._check(x)
     thresholds,zs = _thresholds_for(model, thresholds, temperatures),[]
     last,rows,at = len(thresholds),None,None                                             # where those who stay are in the input, and in `x` (None: all, in order)
-    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        for i,(stage,head) in enumerate(model):
-            x = _evaluated(stage, model._fits(i, x))
-            if i<last and thresholds[i]>1: continue
-            z = _evaluated(head, x)[0]
-            if at is not None: z = z[at]
-            if z.dtype.itemsize<4: z = z.float()                                         # in half precision all probabilities near 1 are the same
-            if temperatures is not None: z = z/temperatures[i]
-            zs.append(z)
-            go = _leaves(zs, score, thresholds[i]) if i<last else None                   # None: all
-            b = len(z)
-            n = b if go is None else sum(go.tolist())
-            if b and not n: continue
-            out,where = (z if n==b else z.clone(), torch.full((b,), i, device=x.device)) if rows is None else (out.index_copy_(0, rows, z), where.index_fill_(0, rows, i))
-            if n==b: break
-            stay = (~go).nonzero().squeeze(1)                                            # their answers will be written over
-            rows,at,zs = stay if rows is None else rows[stay],stay if at is None else at[stay],[z[stay] for z in zs]
-            if len(x)-len(stay)>=compact*len(x): x,at = x[at],None
+    for i,(stage,head) in enumerate(model):
+        x = _evaluated(stage, model._fits(i, x))
+        if i<last and thresholds[i]>1: continue
+        z = _evaluated(head, x)[0]
+        if at is not None: z = z[at]
+        if z.dtype.itemsize<4: z = z.float()                                             # in half precision all probabilities near 1 are the same
+        if temperatures is not None: z = z/temperatures[i]
+        zs.append(z)
+        go = _leaves(zs, score, thresholds[i]) if i<last else None                       # None: all
+        b = len(z)
+        n = b if go is None else sum(go.tolist())
+        if b and not n: continue
+        out,where = (z if n==b else z.clone(), torch.full((b,), i, device=x.device)) if rows is None else (out.index_copy_(0, rows, z), where.index_fill_(0, rows, i))
+        if n==b: break
+        stay = (~go).nonzero().squeeze(1)                                                # their answers will be written over
+        rows,at,zs = stay if rows is None else rows[stay],stay if at is None else at[stay],[z[stay] for z in zs]
+        if len(x)-len(stay)>=compact*len(x): x,at = x[at],None
     return out,where
 
 # %% ../nbs/10_inference.ipynb #a53dc23e
@@ -204,8 +204,7 @@ def calibration_table(
 ) -> pd.DataFrame: # Columns `exit, temperature, nll, ece, nll_after, ece_after`
     "Negative log-likelihood and calibration error of each exit, before and after"
     def both(o): return F.cross_entropy(o, y).item(),ece(o, y)
-    names = [f'exit{i}' for i in range(z.shape[1]-1)] + ['main']
-    return pd.DataFrame([(n, t, *both(o), *both(o/t)) for n,t,o in zip(names, temperatures, z.unbind(1))], columns=['exit','temperature','nll','ece','nll_after','ece_after'])
+    return pd.DataFrame([(n, t, *both(o), *both(o/t)) for n,t,o in zip([*(f'exit{i}' for i in range(z.shape[1]-1)), 'main'], temperatures, z.unbind(1))], columns=['exit','temperature','nll','ece','nll_after','ece_after'])
 
 # %% ../nbs/10_inference.ipynb #78608e11
 def plot_reliability(

@@ -61,7 +61,7 @@ class MultiExitModel(nn.Module):
     def __iter__(self): return iter(zip(self.stages, self.heads))
 
     @property
-    def n_exits(self): return len(self.stages)
+    def n_exits(self): return len(self.shapes)
 
     @property
     def exit_names(self): return [f'exit{i}' for i in range(self.n_exits-1)] + ['main']
