@@ -3,9 +3,10 @@
     python benchmarks/early_exit.py                      # all networks, batch 1 and 64: rows in results/early_exit.csv
     python benchmarks/early_exit.py --compaction         # what taking images out of a batch costs and saves: results/compaction.csv
 
-The variants take turns, round by round and in each round in another order (what ran before leaves its mark in the caches), after a warm-up; p50 and p95 are over the rounds (p95 from 40 on). A ratio is the median of the rounds'
-own ratios, so that a machine that slows down for a while slows both sides. Time nothing else meanwhile. With `pip install earlyon==0.3`
-its wrapper is timed on the same backbone, heads and images.
+The variants take turns, round by round and in each round in another order, after a warm-up. Each is called twice: the first call comes after another
+variant, which has filled the processor's caches with its own (`first_p50`, `first_ratio`); the second is what a program gets that answers image
+after image (`p50`, `p95` from 40 rounds on, `ratio`, and the shares). A ratio is the median of the rounds' own ratios, so that a machine that slows
+down for a while slows both sides. Time nothing else meanwhile. With `pip install earlyon==0.3` its wrapper is timed on the same backbone, heads and images.
 """
 import random, sys
 from pathlib import Path
@@ -77,15 +78,16 @@ def earlyon_variants(model, x):
     return {'earlyon, none leaves': (wrapped([1.]*(k-1)), 'all open, none leaves'), 'earlyon, all leave at exit0': (wrapped([0.]*(k-1)), 'all leave at exit0')}
 
 def measure(fs, rounds):
-    "Milliseconds of each function in each round, taking turns in an order that changes; the first three rounds warm up"
-    times,order = {k: [] for k in fs},random.Random(0)
+    "Milliseconds `(2,rounds)` of each function: the first call after another function, and the next; turns are taken in an order that changes, and three rounds warm up"
+    times,order = {k: ([],[]) for k in fs},random.Random(0)
     with torch.no_grad():
         for _ in range(rounds+3):
             for name in order.sample([*fs], len(fs)):
-                sync(); start = time.perf_counter()
-                fs[name]()
-                sync(); times[name].append(1000*(time.perf_counter()-start))
-    return {k: np.array(v[3:]) for k,v in times.items()}
+                for ms in times[name]:
+                    sync(); start = time.perf_counter()
+                    fs[name]()
+                    sync(); ms.append(1000*(time.perf_counter()-start))
+    return {k: np.array(v)[:,3:] for k,v in times.items()}
 
 def rows(name, bs, rounds, device):
     model,size = network(name, device)
@@ -96,8 +98,9 @@ def rows(name, bs, rounds, device):
     alone = alone_costs(costs)[-1]
     macs = {'all closed': alone, 'all open, none leaves': walk_costs(costs)[-1], 'half leave at exit0': (walk_costs(costs)[0]+walk_costs(costs)[-1])/2,
             **{f'all leave at exit{i}': walk_costs(costs)[i] for i in range(k-1)}}
-    return pd.DataFrame([dict(network=name, bs=bs, variant=v, p50=np.median(t), p95=np.quantile(t, .95) if len(t)>=40 else None, against=o, ratio=np.median(t/ms[o]) if o else None,
-                              time_share=np.median(t/ms['main network by hand']), macs_share=macs[v]/alone if v in macs else None) for v,t in ms.items() for o in [vs[v][1]]])
+    return pd.DataFrame([dict(network=name, bs=bs, variant=v, p50=np.median(t), p95=np.quantile(t, .95) if len(t)>=40 else None, first_p50=np.median(first),
+                              against=o, ratio=np.median(t/ms[o][1]) if o else None, first_ratio=np.median(first/ms[o][0]) if o else None,
+                              time_share=np.median(t/ms['main network by hand'][1]), macs_share=macs[v]/alone if v in macs else None) for v,(first,t) in ms.items() for o in [vs[v][1]]])
 
 # --- taking images out ------------------------------------------------------------------------------------------------
 
@@ -115,7 +118,7 @@ def compaction(name, bs, rounds, device):
                 gone = torch.arange(bs, device=device)<n
                 fs[n] = lambda x=x, gone=gone: rest(x[(~gone).nonzero().squeeze(1)], i)
             ms = measure(fs, rounds)
-            res += [dict(network=name, bs=bs, after=f'exit{i}', gone=n, share=n/bs, p50=np.median(t), whole=np.median(ms[0]), ratio=np.median(t/ms[0])) for n,t in ms.items() if n]
+            res += [dict(network=name, bs=bs, after=f'exit{i}', gone=n, share=n/bs, p50=np.median(t), whole=np.median(ms[0][1]), ratio=np.median(t/ms[0][1])) for n,(_,t) in ms.items() if n]
     return pd.DataFrame(res)
 
 # --- the command ------------------------------------------------------------------------------------------------------
