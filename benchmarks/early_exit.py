@@ -18,6 +18,7 @@ from fastcore.script import *
 from cifar100 import checkout, hardware, here
 from speed import sync
 from eed_fastai.all import *
+from eed_fastai.analysis import write_whole
 
 networks = {'cifar_resnet18-w16': (partial(cifar_resnet18, width=16), 32, 100), 'cifar_resnet18': (cifar_resnet18, 32, 100), 'resnet18-128px': (resnet18, 128, 100)}
 
@@ -134,11 +135,13 @@ def main(
     if threads: torch.set_num_threads(threads)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     file = Path(results or here/'results')/('compaction.csv' if compaction else 'early_exit.csv')
-    if file.exists(): (old := pd.read_csv(file))[~old.network.isin([network] if network else list(networks))].to_csv(file, index=False)
-    for name in [network] if network else networks:
+    names = [network] if network else list(networks)
+    done = pd.read_csv(file).query('network not in @names') if file.exists() else pd.DataFrame()
+    for name in names:
         for bs in ([64] if compaction else [1, 64]):
             n = rounds if bs==1 else max(rounds//10, 2)
             df = (globals()['compaction'] if compaction else rows)(name, bs, n, device)
             df = df.assign(rounds=n, hardware=hardware(), torch=torch.__version__, commit=checkout()).round(4)
-            df.to_csv(file, mode='a', index=False, header=not file.exists())
+            done = pd.concat([done, df])
+            write_whole(file, partial(done.to_csv, index=False))
             print(df.drop(columns=['rounds','hardware','torch','commit']).to_string(index=False), '\n', flush=True)
