@@ -135,13 +135,12 @@ def main(
     if threads: torch.set_num_threads(threads)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     file = Path(results or here/'results')/('compaction.csv' if compaction else 'early_exit.csv')
-    names = [network] if network else list(networks)
-    done = pd.read_csv(file).query('network not in @names') if file.exists() else pd.DataFrame()
-    for name in names:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name in [network] if network else networks:
         for bs in ([64] if compaction else [1, 64]):
             n = rounds if bs==1 else max(rounds//10, 2)
             df = (globals()['compaction'] if compaction else rows)(name, bs, n, device)
             df = df.assign(rounds=n, hardware=hardware(), torch=torch.__version__, commit=checkout()).round(4)
-            done = pd.concat([done, df])
-            write_whole(file, partial(done.to_csv, index=False))
+            old = pd.read_csv(file).query('network!=@name or bs!=@bs') if file.exists() else None        # those that this run does not measure again stay
+            write_whole(file, partial(pd.concat([old, df]).to_csv, index=False))
             print(df.drop(columns=['rounds','hardware','torch','commit']).to_string(index=False), '\n', flush=True)

@@ -16,6 +16,7 @@ from fastcore.script import *
 
 from cifar100 import checkout, hardware, here, sgd
 from eed_fastai.all import *
+from eed_fastai.analysis import add_row
 
 def sync(): torch.cuda.synchronize() if torch.cuda.is_available() else None
 
@@ -214,7 +215,7 @@ def write_rows(name, df):
     df = df.assign(commit=checkout(here), hardware=hardware(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
     file = here/'results'/name
     file.parent.mkdir(exist_ok=True)
-    df.round(6).to_csv(file, mode='a', index=False, header=not file.exists())
+    for row in df.round(6).to_dict('records'): add_row(file, row)
 
 def epoch_seconds(rounds, bs=128):
     "Seconds for an epoch of 50,000 images, fp32 against bf16, with and without torch.compile"

@@ -103,7 +103,7 @@ def _attach(self:EEDCallback, learn):
     if any(cb is not self for cb in learn._grab_cbs(EEDCallback)):
         raise ValueError("This Learner has an EEDCallback already; two would add their terms twice. Take the first away with `learn.remove_cb(EEDCallback)`")
     if type(lf).__name__ in _other_tasks: _refuse(f"The loss function is {type(lf).__name__}")
-    n_out,before,self.ignored,self.first_batch = _n_out(learn, model),set(model.parameters()),getattr(lf, 'ignore_index', -100),True
+    n_out,before,self.ignored,self.seen = _n_out(learn, model),set(model.parameters()),getattr(lf, 'ignore_index', -100),set()
     self.w_label,self.w_logit = (_exit_weights(o, w, model.n_exits) for o,w in (('label_weights', ifnone(self.label_weights, [1]*model.n_exits)), ('logit_weights', self.logit_weights)))
     if self.beta and getattr(self.teacher, 'needs_images', False): raise ValueError(f"beta={self.beta} compares features, but {type(self.teacher).__name__} gives logits only. Set beta=0")
     self._install(model)
@@ -209,11 +209,11 @@ def after_pred(self:EEDCallback):
 # %% ../nbs/08_callback.ipynb #b44c7bcc
 @patch
 def _check_targets(self:EEDCallback, y):
-    y,n_out = y.as_subclass(Tensor),_live_model(self.learn).n_out
-    classes = y.ndim==1 and not y.is_floating_point()
-    if self.first_batch and not classes and not _are_probs(y): _refuse(f"The targets are {y.dtype} of shape {tuple(y.shape)}")
-    if classes and len(y) and (self.first_batch or y.device.type=='cpu'):
-        self.first_batch,(lo,hi) = False,torch.stack(y.aminmax()).tolist()
+    y,n_out,classes = y.as_subclass(Tensor),_live_model(self.learn).n_out,y.ndim==1 and not y.is_floating_point()
+    new,self.seen = classes not in self.seen,self.seen | {classes}
+    if new and not classes and not _are_probs(y): _refuse(f"The targets are {y.dtype} of shape {tuple(y.shape)}")
+    if classes and len(y) and (new or y.device.type=='cpu'):
+        lo,hi = torch.stack(y.aminmax()).tolist()
         if not (0<=lo and hi<n_out) and len(y := y[y!=self.ignored]) and not (0<=y.min() and y.max()<n_out):
             raise ValueError(f"The targets go from {int(y.min())} to {int(y.max())}, but the network has {n_out} classes, 0 to {n_out-1}. Check the labels, or `n_out`")
 

@@ -95,7 +95,7 @@ def save_multi_exit(
     times:pd.DataFrame|None=None, # Milliseconds of the parts on this device, from `part_times`
 ) -> Path: # The folder
     "Write a network as numbers and words"
-    model,folder = unwrap(model),Path(folder).resolve()
+    model,folder = unwrap(model, must=True),Path(folder).resolve()
     model._check_built()
     if classes is not None and len(classes)!=model.n_out: raise ValueError(f"{len(classes)} names for {model.n_out} classes; `classes` needs one for each output")
     made = model.made or {'head': {'name': None}}
@@ -237,7 +237,7 @@ def export_onnx(
 ) -> Path: # The folder
     "Write a graph for each stage and each head, for any number of images, and a runtime that needs numpy and onnxruntime only"
     for o in ('onnx','onnxscript'): _optional(o, 'onnx', f'Writing ONNX needs {o}')
-    model,folder = unwrap(model),Path(folder).resolve()
+    model,folder = unwrap(model, must=True),Path(folder).resolve()
     config = getattr(model, 'config', None) or {}
     model._check_built()
     policy = policy or getattr(model, 'policy', None) or ExitPolicy([math.inf]*(model.n_exits-1))

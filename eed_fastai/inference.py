@@ -138,7 +138,7 @@ def part_times(
     rounds:int=20, # Each part is timed so often, in turns; the median counts (20)
 ) -> pd.DataFrame: # Milliseconds for one image; columns `stage, head`, index `exit0 … main`; how many images came at once is in `attrs`
     "What each stage takes on the network's device, and each head with the question whether that is enough"
-    model,steps = unwrap(model),[]
+    model,steps = unwrap(model, must=True),[]
     x = x.to(next(model.parameters()).device).as_subclass(Tensor)
     with evaluating(model):
         for i,(stage,head) in enumerate(model): steps += [partial(stage, x), partial(_ask, head, x := stage(model._fits(i, x)))]
@@ -408,7 +408,7 @@ class EarlyExitModel(Module):
     def __init__(self,
         model:MultiExitModel, # A network with its heads built; shared, not copied
         policy:ExitPolicy, # When to stop
-    ): self.net,self.policy,self.exit_idx = unwrap(model),policy,None
+    ): self.net,self.policy,self.exit_idx = unwrap(model, must=True),policy,None
 
     def forward(self, x):
         z,self.exit_idx = self.policy(self.net, x)

@@ -127,6 +127,11 @@ def test_an_extra_that_is_missing_is_named(monkeypatch, package, extra, use):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"pip install 'eed_fastai\[{extra}\]'"): use()
 
+@pytest.mark.parametrize('use', [lambda m: early_exit(m, torch.randn(2,3,16,16), [.5]), lambda m: part_times(m, torch.randn(2,3,16,16)), lambda m: EarlyExitModel(m, ExitPolicy([.5])),
+                                 lambda m: save_multi_exit(m, 'never_made'), lambda m: export_onnx(m, 'never_made', 16)])
+def test_a_network_without_exits(use):
+    with fails(TypeError, 'Sequential has no exits', 'multi_exit'): use(nn.Sequential(nn.Conv2d(3,5,3)))
+
 def test_a_kept_classifier_with_other_classes():
     with fails(ValueError, '5 classes', 'n_out=10'): multi_exit(cifar_resnet18(n_out=5, width=8), n_out=10)
     with fails(ValueError, '5 classes', 'the data has 10'): make_learner(EEDCallback(), model=multi_exit(cifar_resnet18(n_out=5, width=8)))
@@ -146,6 +151,13 @@ def test_other_tasks_are_refused_by_their_targets(y):
 def test_rows_of_probabilities_are_targets():
     learn = Learner(raw_dls(torch.rand(8,3,32,32), torch.rand(8,3).softmax(1)), multi_exit(tiny_resnet, n_out=3), loss_func=nn.CrossEntropyLoss(), cbs=EEDCallback(exit_metric=lambda p,*y: p.sum()))
     with learn.no_logging(): learn.fit(1)
+
+def test_rows_of_probabilities_are_looked_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr('eed_fastai.callback._are_probs', lambda y: asked.append(y) or True)
+    learn = Learner(raw_dls(torch.rand(8,3,32,32), torch.rand(8,3).softmax(1), bs=2), multi_exit(tiny_resnet, n_out=3), loss_func=nn.CrossEntropyLoss(), cbs=EEDCallback(exit_metric=lambda p,*y: p.sum()))
+    with learn.no_logging(): learn.fit(2)
+    assert len(asked)==1                         # of 16 batches: on a GPU each look waits for it
 
 @pytest.mark.parametrize('kw,words', [(dict(label_weights=[1,1]), '2 weights for 4 exits'), (dict(logit_weights=lambda k: [1]*(k+1)), '5 weights for 4 exits'), (dict(label_weights=[1,1,1,-1]), 'label_weights'),
                                       (dict(logit_loss=lambda z,t: (z-t).abs().mean(), by_exit=True), 'takes no `w`'), (dict(teacher=ExternalTeacher), 'trained network'), (dict(teacher=ExternalTeacher(nn.Linear(2,2)), beta=1.), 'gives logits only')], ids=lambda o: o if isinstance(o, str) else '')
