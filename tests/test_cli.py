@@ -66,6 +66,7 @@ def test_from_images_to_graphs(tmp_path):
     r = command('eed_predict', 'run', 'pets/0', 'pets/1/0.png', '--csv', 'answers.csv', cwd=tmp_path)
     answers = pd.read_csv(tmp_path/'answers.csv', dtype=dict(answer=str))
     assert r.returncode==0 and list(answers.columns)==['file','answer','probability','exit'] and len(answers)==31
+    assert '100.00%' in r.stdout+r.stderr                                            # progress
     assert set(answers.answer)<={'0','1'} and set(answers.exit)<={'exit0','exit1','exit2','main'} and answers.probability.between(.5, 1).all()
     r = command('eed_export', 'run', cwd=tmp_path)
     assert r.returncode==0 and (tmp_path/'run/onnx/stage3.onnx').exists() and (tmp_path/'run/onnx/runtime.py').exists(), r.stderr[-2000:]

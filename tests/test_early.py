@@ -178,6 +178,35 @@ def test_a_dear_exit_stays_closed():
     with pytest.warns(UserWarning, match='exit1'): ts = exit_thresholds(z, y, dear, 6.)
     assert ts[1]>1
 
+def test_curves_by_hand():
+    z,y = world(600)
+    anytime = anytime_curve(z, y, parts)
+    assert anytime.accuracy.tolist()==pytest.approx([(z[:,i].argmax(1)==y).double().mean().item() for i in range(4)], abs=1e-6)
+    assert anytime.ensemble_accuracy.tolist()==pytest.approx([(z[:,:i+1].mean(1).argmax(1)==y).double().mean().item() for i in range(4)], abs=1e-6)
+    assert anytime.cost.tolist()==pytest.approx([3.8,5.6,7.4,10.1]) and anytime.ensemble_cost.tolist()==pytest.approx([3.8,6.4,8.8,11.9])
+    curve = budgeted_curve((z[:300],y[:300]), (z[300:],y[300:]), parts, n=6)
+    assert curve.target.is_monotonic_increasing and curve.target.iloc[-1]==pytest.approx(10.1) and curve.accuracy.iloc[-1]>curve.accuracy.iloc[0]
+    for r in curve.itertuples():
+        idx,out = by_hand(z[300:], r.thresholds, max_prob)                            # on the images that judge
+        assert r.accuracy==pytest.approx((out.argmax(1)==y[300:]).double().mean().item(), abs=1e-6)
+        assert r.cost==pytest.approx(walk_costs(parts, r.thresholds)[idx].mean(), rel=1e-5)
+        assert policy_result(z[:300], y[:300], r.thresholds, parts)['cost']<=r.target+1e-9           # on those that chose
+    lines = plot_early(anytime, curve).get_lines()
+    assert [o.get_ydata().tolist() for o in lines]==[anytime.accuracy.tolist(), anytime.ensemble_accuracy.tolist(), curve.accuracy.tolist()]
+
+def test_reliability_is_counted():
+    "As sure as right: on the diagonal; five times as sure: below it"
+    said = 2*torch.randn(4000, 5, generator=torch.Generator().manual_seed(0))
+    y = said.softmax(1).multinomial(1, generator=torch.Generator().manual_seed(1))[:,0]
+    good,sure,_ = plot_reliability(torch.stack([said, 5*said], 1), y).get_lines()
+    assert len(good.get_xdata())==10 and np.abs(good.get_xdata()-good.get_ydata()).max()<.08 and (sure.get_xdata()-sure.get_ydata()).mean()>.1
+
+def test_pictures_of_who_left(trained):
+    policy = trained.fit_policy(budget=.7)
+    fig,(_,_,idx) = trained.show_early(n=3, policy=policy),trained.predict_early(policy=policy)
+    shown = [sum(len(ax.images) for ax in fig.axes[3*i:3*i+3]) for i in range(4)]
+    assert shown==[min(3, (idx==i).sum().item()) for i in range(4)] and max(shown)==3
+
 def test_temperatures_against_a_grid():
     z,y = world(1000)
     for i,t in enumerate(fit_temperatures(z*tensor([1.,2.,.5,3.])[:,None], y)):
