@@ -64,7 +64,12 @@ def subset(train, test, vocab, is_val, every, first):
     keep[order[rank>=first]] = False
     return take(train, keep, classes), take(test, np.isin(test[1], classes), classes), [vocab[c] for c in classes], is_val[keep]
 
-tasks = {'cifar100': (1, 500), 'cifar100-20x100': (5, 100)}     # the second: 20 classes, 100 images each, a small task that overfits
+tasks = {    # name → every which class, and the first how many training images of each
+    'cifar100': (1, 500),
+    'cifar100-20x100': (5, 100),    # a small task that overfits
+    'cifar100-100x100': (1, 100),
+    'cifar100-100x25': (1, 25),
+}
 
 @functools.lru_cache(1)
 def load(path, task): return subset(*read_data(path), *tasks[task])
@@ -143,13 +148,39 @@ def fit(learn, o, checkpoint):
         if o.schedule in steps: learn.fit(o.epochs, o.lr, cbs=[*cbs, ParamScheduler({'lr': partial(step_lr, o.lr, steps[o.schedule])})], **kw)
         else: learn.fit_one_cycle(o.epochs, o.lr, cbs=cbs, **kw)
 
-def evaluate(learn, recipe):
-    "Accuracy, NLL and ECE (15 bins) of every exit and the ensemble from one pass, and which images each gets right"
+def gather_logits(learn, recipe, dl):
+    "Logits of every trained exit and the ensemble, by name, and the classes"
     gather = GatherExits()
-    with learn.no_bar(), learn.added_cbs([EEDCallback(alpha=0.)] if recipe=='plain' else []): learn.get_preds(reorder=False, cbs=gather)
-    z,y = named_logits(torch.cat(gather.zs).cpu(), unwrap(learn.model).exit_names),torch.cat(gather.ys).cpu()
-    if recipe=='plain': z = {'main': z['main']}              # its other heads were never trained
-    return exit_scores(z, y),{name: np.packbits((o.argmax(1)==y).numpy()) for name,o in z.items()}
+    with learn.no_bar(), learn.added_cbs([EEDCallback(alpha=0.)] if recipe=='plain' else []):
+        learn.get_preds(dl=dl, reorder=False, cbs=gather)
+    z = named_logits(torch.cat(gather.zs).cpu(), unwrap(learn.model).exit_names)
+    y = torch.cat(gather.ys).cpu()
+    if recipe=='plain':
+        z = {'main': z['main']}              # its other heads were never trained
+    return z, y
+
+def unaugmented_dl(dls):
+    "The training images as test images are: none left out, no augmentation"
+    return dls.valid.new(dataset=dls.train_ds, shuffle=False, drop_last=False)
+
+def train_accuracies(learn, recipe):
+    "Accuracy of every exit and the ensemble on the training images, in eval mode and without augmentation, in %"
+    with learn.dls.train_ds.set_split_idx(1):
+        z,y = gather_logits(learn, recipe, unaugmented_dl(learn.dls))
+    return {f'train_{name}': round(100*(o.argmax(1)==y).float().mean().item(), 4) for name,o in z.items()}
+
+def write_npz(file, arrays):
+    "Write arrays by name to a compressed file"
+    with open(file, 'wb') as f:
+        np.savez_compressed(f, **arrays)
+
+def correct_bits(z, y):
+    "Which images each exit and the ensemble get right, packed eight to a byte"
+    return {name: np.packbits((o.argmax(1)==y).numpy()) for name,o in z.items()}
+
+def half_logits(z, y):
+    "Logits of each exit as float16, and the classes; the ensemble follows from them"
+    return {'y': y.numpy().astype(np.int16), **{name: o.numpy().astype(np.float16) for name,o in z.items() if name!='ensemble'}}
 
 def joules():
     "Energy that the GPU has used so far, if NVML can be asked"
@@ -161,9 +192,10 @@ def joules():
 
 commit = checkout(here)
 exits = [*[f'exit{i}' for i in range(n_early)], 'main', 'ensemble']
+train_columns = [f'train_{e}' for e in exits]
 columns = ['dataset','network','width','recipe','protocol','epochs','seed','commit','hardware','torch','seconds','peak_memory',*exits,
            'best_epoch','best_main',*[f'{m}_{e}' for m in ('nll','ece') for e in exits],'schedule','lr','wd','bs','nesterov','amp','channels_last','compile',
-           'n_train','n_judge','joules','fastai','torchvision','python','eed_fastai','run']
+           'n_train','n_judge','joules',*train_columns,'fastai','torchvision','python','eed_fastai','run']
 
 def run_name(o):
     "What tells this run from others: the main settings in words, all of them in a few letters"
@@ -177,7 +209,7 @@ def train_row(o, name, make_dls, arch):
     o.run = run_name(o)
     file = o.results/f'{name}.csv'
     if o.run in there(file): return print(f'{o.run}: there already', flush=True)
-    for d in ('history', 'bits', 'checkpoints'): (o.results/d).mkdir(parents=True, exist_ok=True)
+    for d in ('history', 'bits', 'logits', 'checkpoints'): (o.results/d).mkdir(parents=True, exist_ok=True)
     energy = joules()
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     set_seed(o.seed)            # a loader draws its order from a generator that is seeded when it is made
@@ -186,12 +218,15 @@ def train_row(o, name, make_dls, arch):
     checkpoint = Checkpoint(o.results/'checkpoints'/f'{o.run}.pth', o.every)
     fit(learn, o, checkpoint)
     curve = pd.DataFrame(checkpoint.rows).round(5)
-    res,bits = evaluate(learn, o.recipe)
-    row = {**vars(o), **res, 'seconds': round(checkpoint.seconds, 1), 'commit': commit, 'hardware': hardware(), 'peak_memory': peak_memory(), 'torch': torch.__version__,
+    z,y = gather_logits(learn, o.recipe, dls.valid)
+    res = exit_scores(z, y)
+    on_train = train_accuracies(learn, o.recipe)
+    row = {**vars(o), **res, **on_train, 'seconds': round(checkpoint.seconds, 1), 'commit': commit, 'hardware': hardware(), 'peak_memory': peak_memory(), 'torch': torch.__version__,
            'best_epoch': int(curve.accuracy.idxmax()), 'best_main': round(100*curve.accuracy.max(), 4), 'n_train': len(dls.train_ds), 'n_judge': len(dls.valid_ds),
            'joules': round(joules()-energy) if energy is not None else None, 'python': platform.python_version(), **{p: version(p) for p in ('fastai','torchvision','eed_fastai')}}
     write_whole(o.results/'history'/f'{o.run}.csv', partial(curve.to_csv, index=False))
-    write_whole(o.results/'bits'/f'{o.run}.npz', lambda p: np.savez_compressed(open(p, 'wb'), **bits))
+    for folder,arrays in (('bits', correct_bits(z, y)), ('logits', half_logits(z, y))):
+        write_whole(o.results/folder/f'{o.run}.npz', partial(write_npz, arrays=arrays))
     if o.run not in there(file): add_row(file, {c: row.get(c) for c in columns})      # another process may have been faster
     checkpoint.file.unlink(missing_ok=True)
     print(f"{o.run}: " + ' '.join(f'{e} {res[e]:.2f}' for e in exits if e in res) + f" in {row['seconds']:.0f} s", flush=True)
@@ -266,7 +301,7 @@ def main(
     epochs:int=200, # Epochs (200: EED code)
     schedule:str='one_cycle', # one_cycle, or paper: SGD with steps at 75, 130 and 180 of 200
     protocol:str='report', # select or report, see above
-    dataset:str='cifar100', # cifar100, or cifar100-20x100: every fifth class, the first 100 training images of each
+    dataset:str='cifar100', # cifar100, or a part of its training images: cifar100-20x100 (every fifth class, the first 100 of each), cifar100-100x100, cifar100-100x25
     width:int=None, # Channels of the first stage (the network's own)
     lr:float=0.1, # (Highest) learning rate (0.1: EED code)
     wd:float=5e-4, # Weight decay of all parameters (5e-4: EED code)

@@ -44,6 +44,10 @@ def test_rows_curves_and_bits(data, tmp_path):
         bits = np.load(tmp_path/'bits'/f'{row.run}.npz')
         assert set(bits)==({'main'} if row.recipe=='plain' else set(cifar100.exits))
         for name in bits: assert abs(np.unpackbits(bits[name])[:40].mean()*100 - row[name])<1e-3
+        logits = np.load(tmp_path/'logits'/f'{row.run}.npz')
+        assert set(logits)=={'y', *bits} - {'ensemble'} and logits['main'].dtype==np.float16
+        for name in set(logits)-{'y'}: assert abs((logits[name].argmax(1)==logits['y']).mean()*100 - row[name])<1e-3
+    assert plain[['train_exit0','train_ensemble']].isna().all() and eed[cifar100.train_columns].between(0, 100).all()
     assert 'there already' in run(*args) and len(pd.read_csv(tmp_path/'cifar100.csv'))==4        # nothing is run twice
     out = run('--summary', '--results', tmp_path)
     assert 'main − plain' in out and '(2)' in out
@@ -78,6 +82,21 @@ def test_select_leaves_the_test_images_alone(data):
     assert is_val.sum()==500 and len(dls.valid_ds)==500 and len(dls.train_ds)==100
     seen = {x.tobytes() for ds in (dls.train_ds, dls.valid_ds) for x,_ in ds.items}
     assert len(seen)==600 and not seen & {x.tobytes() for x in test[0]} and seen=={x.tobytes() for x in train[0]}
+
+def test_train_accuracy_is_of_unaugmented_images(data):
+    dls = cifar100.get_dls(data, 'cifar100', 'report', 64, torch.device('cpu'))
+    learn = Learner(dls, multi_exit(tiny_resnet, n_out=10), cbs=EEDCallback())
+    got = cifar100.train_accuracies(learn, 'eed_mse')
+    train,*_ = cifar100.load(data, 'cifar100')
+    x = (torch.tensor(train[0]).permute(0,3,1,2)/255 - torch.tensor(cifar100_stats[0])[:,None,None])/torch.tensor(cifar100_stats[1])[:,None,None]
+    with torch.no_grad(): z = learn.model.eval().all_exits(x).logits
+    right = (z.argmax(-1)==torch.tensor(train[1])[:,None]).float().mean(0)*100
+    assert np.allclose([got[f'train_{e}'] for e in cifar100.exits[:-1]], right, atol=0.2) and list(got)==cifar100.train_columns
+
+def test_parts_of_the_training_images(data):
+    for task,n in (('cifar100-100x100', 60), ('cifar100-100x25', 25)):
+        train,test,vocab,_ = cifar100.load(data, task)
+        assert len(vocab)==10 and np.bincount(train[1]).tolist()==[n]*10 and len(test[1])==40
 
 def test_small_task_is_every_fifth_class_and_its_first_hundred(data):
     train,test,vocab,_ = cifar100.load(data, 'cifar100-20x100')
