@@ -21,9 +21,10 @@ from fastcore.script import *
 
 from eed_fastai import models as eed_models
 from eed_fastai.all import *
-from eed_fastai.analysis import add_row, checkout, comparison_table, exit_scores, hardware, mean_sd, named_logits, paired, peak_memory, write_whole
+from eed_fastai.compare import comparison_table, exit_scores, mean_sd, named_logits, paired
+from eed_fastai.records import add_row, checkout, hardware, peak_memory, write_whole
 from eed_fastai.data import array_dls, cifar100_stats, read_cifar100
-from eed_fastai.learner import GatherExits
+from eed_fastai.predictions import GatherExits
 from eed_fastai.model import unwrap
 
 here = Path(__file__).resolve().parent

@@ -18,7 +18,7 @@ from fastcore.script import *
 from cifar100 import checkout, hardware, here
 from speed import sync
 from eed_fastai.all import *
-from eed_fastai.analysis import write_whole
+from eed_fastai.records import write_whole
 
 networks = {'cifar_resnet18-w16': (partial(cifar_resnet18, width=16), 32, 100), 'cifar_resnet18': (cifar_resnet18, 32, 100), 'resnet18-128px': (resnet18, 128, 100)}
 

@@ -16,7 +16,7 @@ from fastcore.script import *
 
 from cifar100 import checkout, hardware, here, sgd
 from eed_fastai.all import *
-from eed_fastai.analysis import add_row
+from eed_fastai.records import add_row
 
 def sync(): torch.cuda.synchronize() if torch.cuda.is_available() else None
 

@@ -2,9 +2,10 @@
 import pytest
 from conftest import *
 from fastai.vision.models import xresnet
+from eed_fastai.trace import *
 from eed_fastai.stages import *
 from eed_fastai.exits import KeptHead, default_head
-from eed_fastai.model import plot_costs
+from eed_fastai.costs import plot_costs
 
 torchvision_names = '''alexnet vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121 shufflenet_v2_x1_0 mobilenet_v2 mobilenet_v3_small
     mnasnet1_0 efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny'''.split()
@@ -330,9 +331,9 @@ def test_cost_decides_which_head(arch, wide):
     model = multi_exit(arch, n_out=10)
     assert type(model.heads[0]) is (SeparableHead if wide else ExitHead) and model.made['head']['name']==type(model.heads[0]).__name__
     side = 32 if arch in (cifar_resnet50, tiny_resnet) else 224
-    dear = exit_costs(model, side).dear.tolist()
+    dear = exit_costs(model, side).costs_more_than_main.tolist()
     assert dear==[False,False,arch is cifar_resnet50,False]              # the paper's network keeps the exits that its table has
-    if wide: assert exit_costs(multi_exit(arch, n_out=10, head=ExitHead), side).dear.tolist()==[False,False,True,False]
+    if wide: assert exit_costs(multi_exit(arch, n_out=10, head=ExitHead), side).costs_more_than_main.tolist()==[False,False,True,False]
 
 def test_activation_memory_by_hand():
     "By hand, on a network whose maps can be counted"

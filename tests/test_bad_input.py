@@ -154,7 +154,7 @@ def test_rows_of_probabilities_are_targets():
 
 def test_rows_of_probabilities_are_looked_at_once(monkeypatch):
     asked = []
-    monkeypatch.setattr('eed_fastai.callback._are_probs', lambda y: asked.append(y) or True)
+    monkeypatch.setattr('eed_fastai.task.are_probs', lambda y: asked.append(y) or True)
     learn = Learner(raw_dls(torch.rand(8,3,32,32), torch.rand(8,3).softmax(1), bs=2), multi_exit(tiny_resnet, n_out=3), loss_func=nn.CrossEntropyLoss(), cbs=EEDCallback(exit_metric=lambda p,*y: p.sum()))
     with learn.no_logging(): learn.fit(2)
     assert len(asked)==1                         # of 16 batches: on a GPU each look waits for it

@@ -22,7 +22,7 @@ def test_the_readmes_command(tmp_path):
     out = tmp_path/'runs/digits-resnet18-eed_mse-1'
     assert sorted(o.name for o in out.iterdir()) == ['config.json','curve.png','exits.csv','history.csv','model.safetensors','run.json']
     exits = pd.read_csv(out/'exits.csv').set_index('exit')
-    assert list(exits.columns)==['accuracy','macs','share','params','activation_mb','dear'] and list(exits.index)==['exit0','exit1','exit2','main','ensemble']
+    assert list(exits.columns)==['accuracy','macs','share','params','activation_mb','costs_more_than_main'] and list(exits.index)==['exit0','exit1','exit2','main','ensemble']
     assert exits.accuracy['main'] >= 0.97 and exits['share']['main'] == 1 and exits.accuracy['exit0'] > 0.9
     history = pd.read_csv(out/'history.csv')
     assert len(history)==8 and {'exit0','exit1','exit2','main','ensemble'} <= set(history.columns)

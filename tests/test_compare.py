@@ -1,7 +1,9 @@
 "Comparing recipes: the same start and batches for all, rows that are kept, numbers against loops."
 import sys, pytest
 from conftest import *
-from eed_fastai.analysis import *
+from eed_fastai.records import *
+from eed_fastai.compare import *
+from eed_fastai.figures import *
 
 def digits(): return small_digits(n=48, bs=8)
 

@@ -282,10 +282,11 @@ def test_deep_nesting_is_an_error_that_says_so(field, tmp_path):
 def test_a_good_file_may_begin_like_a_pickle(begins, tmp_path):
     "Its first eight bytes are the length of what follows, which may be any"
     from safetensors.torch import save
-    from eed_fastai.export import _read_weights, _sha
+    from eed_fastai.save import _read_weights
+    from eed_fastai.config import sha256_of
     data = next(d for n in range(2**15) if (d := save({'w'*n: torch.ones(2)})).startswith(begins))
     (tmp_path/'model.safetensors').write_bytes(data)
-    assert [v.tolist() for v in _read_weights(tmp_path, dict(sha256=_sha(data))).values()]==[[1.,1.]]
+    assert [v.tolist() for v in _read_weights(tmp_path, dict(sha256=sha256_of(data))).values()]==[[1.,1.]]
 
 def test_a_trained_learner_with_a_method(trained, tmp_path):
     "What a method remembers is not part of what answers"
@@ -297,7 +298,7 @@ def test_a_trained_learner_with_a_method(trained, tmp_path):
 def test_saving_over_a_network_never_leaves_half(tmp_path, monkeypatch):
     save_multi_exit(multi_exit(tiny_resnet, 3), tmp_path/'m')
     before = (tmp_path/'m/config.json').read_bytes()
-    monkeypatch.setattr('eed_fastai.export._compare', lambda *_: (_ for _ in ()).throw(ValueError('no')))
+    monkeypatch.setattr('eed_fastai.save._compare', lambda *_: (_ for _ in ()).throw(ValueError('no')))
     with pytest.raises(ValueError): save_multi_exit(multi_exit(tiny_resnet, 4), tmp_path/'m')
     assert (tmp_path/'m/config.json').read_bytes()==before and load_multi_exit(tmp_path/'m').n_out==3
     assert [o.name for o in tmp_path.iterdir()]==['m']
