@@ -1,25 +1,26 @@
 "What a reader may count on: plain lines, one thing a line, a docstring for every definition, rooms of one idea."
+
 import ast, json, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 
 root = Path(__file__).resolve().parent.parent
-notebooks = sorted((root/'nbs').glob('*.ipynb'))
-modules = sorted(f for f in (root/'eed_fastai').glob('*.py') if f.name not in ('_modidx.py', '__init__.py', 'all.py'))
-scripts = sorted([*(root/'benchmarks').glob('*.py'), *(root/'tools').glob('*.py')])
+notebooks = sorted((root / 'nbs').glob('*.ipynb'))
+modules = sorted(f for f in (root / 'eed_fastai').glob('*.py') if f.name not in ('_modidx.py', '__init__.py', 'all.py'))
+scripts = sorted([*(root / 'benchmarks').glob('*.py'), *(root / 'tools').glob('*.py')])
 definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def code_cells(notebook):
     "Source of each code cell of a notebook, without cell magics and shell lines"
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    sources = [''.join(c['source']) for c in cells if c['cell_type']=='code']
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
     return ['\n'.join('' if line.startswith(('%', '!')) else line for line in s.splitlines()) for s in sources]
 
 
 def sources(path):
     "The pieces of code in a notebook or a script"
-    return code_cells(path) if path.suffix=='.ipynb' else [path.read_text(encoding='utf-8')]
+    return code_cells(path) if path.suffix == '.ipynb' else [path.read_text(encoding='utf-8')]
 
 
 def is_unpacking(node):
@@ -27,7 +28,7 @@ def is_unpacking(node):
     target, value = node.targets[0], node.value
     if not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple):
         return True
-    return {ast.unparse(o) for o in target.elts}=={ast.unparse(o) for o in value.elts}
+    return {ast.unparse(o) for o in target.elts} == {ast.unparse(o) for o in value.elts}
 
 
 def control_by_and_or(node):
@@ -49,9 +50,13 @@ def faults_of(tree):
         body = getattr(node, 'body', None)
         if isinstance(body, list):
             for before, after in zip(body, body[1:]):
-                if before.lineno==after.lineno:
+                if before.lineno == after.lineno:
                     yield after.lineno, 'two statements on one line'
-            if isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try, *definitions)) and body and body[0].lineno==node.lineno:
+            if (
+                isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try, *definitions))
+                and body
+                and body[0].lineno == node.lineno
+            ):
                 if not isinstance(node, definitions):
                     yield node.lineno, 'a block on the line that opens it'
         if isinstance(node, ast.Assign) and not is_unpacking(node):
@@ -75,11 +80,11 @@ def test_plain_lines(path):
     "At most 120 characters; one statement a line, one thing an assignment"
     found = []
     for source in sources(path):
-        found += [f'{len(line)} characters: {line}' for line in source.splitlines() if len(line)>120]
+        found += [f'{len(line)} characters: {line}' for line in source.splitlines() if len(line) > 120]
         tree = ast.parse(source)
         fine = plain_walrus(tree)
         lines = source.splitlines()
-        found += [f'{what}: {lines[n-1]}' for n, what in faults_of(tree) if not (what=='a walrus' and n in fine)]
+        found += [f'{what}: {lines[n - 1]}' for n, what in faults_of(tree) if not (what == 'a walrus' and n in fine)]
     assert not found, '\n'.join(found)
 
 
@@ -116,33 +121,38 @@ def functions(path):
 def test_short_bodies():
     "Functions are short: 12 lines at the 90th percentile, 30 at most"
     lines = {f'{path.stem}.{f.name}': body_lines(f) for path in modules for f in functions(path)}
-    assert np.percentile([*lines.values()], 90)<=12
+    assert np.percentile([*lines.values()], 90) <= 12
     longest = max(lines, key=lines.get)
-    assert lines[longest]<=30, f'{longest}: {lines[longest]}'
+    assert lines[longest] <= 30, f'{longest}: {lines[longest]}'
 
 
 @pytest.mark.parametrize('path', modules, ids=lambda o: o.stem)
 def test_one_idea_a_room(path):
     "A room has at most 330 lines of code"
-    code = [line for line in path.read_text(encoding='utf-8').splitlines() if line.strip() and not line.startswith('# %%')]
-    assert len(code)<=330
+    code = [
+        line for line in path.read_text(encoding='utf-8').splitlines() if line.strip() and not line.startswith('# %%')
+    ]
+    assert len(code) <= 330
 
 
 def test_ruff():
     "The settings are in pyproject.toml"
     pytest.importorskip('ruff', reason="ruff is an extra: pip install 'eed_fastai[dev]'")
     done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '.'], cwd=root, capture_output=True, text=True)
-    assert done.returncode==0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize('source,fault', [
-    ('a,b = 1,2', 'several things'),
-    ('f(x := 3)', 'walrus'),
-    ('y = a and 1 or 2', 'and … or'),
-    ('if a: b()', 'a block on the line'),
-    ('a(); b()', 'two statements'),
-    ('x = 1 if a else 2 if b else 3', 'conditional expression'),
-])
+@pytest.mark.parametrize(
+    'source,fault',
+    [
+        ('a,b = 1,2', 'several things'),
+        ('f(x := 3)', 'walrus'),
+        ('y = a and 1 or 2', 'and … or'),
+        ('if a: b()', 'a block on the line'),
+        ('a(); b()', 'two statements'),
+        ('x = 1 if a else 2 if b else 3', 'conditional expression'),
+    ],
+)
 def test_the_check_sees_what_it_is_for(source, fault):
     assert any(fault in what for _, what in faults_of(ast.parse(source)))
 
