@@ -15,99 +15,151 @@ from .metrics import *
 from .objective import *
 from .task import *
 
-# %% ../nbs/13_callback.ipynb #0c812607
-def renew_opt(learn):
+# %% ../nbs/13_callback.ipynb #604c44e7
+def _carry_state(old, new, alive):
+    "Give the parameters that are still there what the old optimizer kept of them"
+    new.update({p: {**new[p], **state} for p,state in old.items() if p in alive})
+
+def renew_opt(
+    learn:Learner, # A Learner with an optimizer
+):
     "Make the optimizer again over the model's present parameters, keeping hyper-parameters, state and freezing"
-    old,alive = learn.opt,set(learn.model.parameters())
+    old = learn.opt
+    alive = set(learn.model.parameters())
     learn.create_opt()
-    for a,b in [(old.state, learn.opt.state)] + ([(old.opt.state, learn.opt.opt.state)] if isinstance(old, OptimWrapper) else []):
-        b.update({p: {**b[p], **state} for p,state in a.items() if p in alive})
-    if len(old.hypers)==len(learn.opt.hypers): learn.opt.set_hypers(**{k: [h[k] for h in old.hypers] for k in old.hypers[0]})
+    _carry_state(old.state, learn.opt.state, alive)
+    if isinstance(old, OptimWrapper):
+        _carry_state(old.opt.state, learn.opt.opt.state, alive)
+    if len(old.hypers)==len(learn.opt.hypers):
+        learn.opt.set_hypers(**{name: [group[name] for group in old.hypers] for name in old.hypers[0]})
     learn.opt.frozen_idx = old.frozen_idx
 
-# %% ../nbs/13_callback.ipynb #6d379871
+# %% ../nbs/13_callback.ipynb #ed7c1ad4
 class EEDCallback(Callback):
     "Train a multi-exit network by Exit-Ensemble Distillation"
     order = MixedPrecision.order-5   # before GradientAccumulation (MixedPrecision.order-4) scales `loss_grad`
     _attached = None
 
     def __init__(self,
-        teacher:Callable=ensemble_teacher, # Stacked outputs `(bs,n_exits,d)` to targets `(bs,1,d)` or `(bs,n_exits,d)` (the ensemble: EED eqs. 5-8)
+        teacher:Callable=ensemble_teacher, # Outputs `(bs,n_exits,d)` to `(bs,1,d)` or `(bs,n_exits,d)` (EED eqs. 5-8)
         logit_loss:Callable=logit_mse, # Logits and targets to one number (MSE: the EED code's default)
         feat_loss:Callable=feat_mse, # Features and targets to one number (EED code)
-        alpha:float|Callable=1., # Weight of `logit_loss`, or a schedule of it such as `SchedCos(0., 1.)` (1: EED section IV)
-        beta:float|Callable=0., # Weight of `feat_loss` (0: with MSE as good as 1 for ResNet-18's main exit in EED Table I, 79.25 and 79.24; the paper has both)
-        label_weights:list|Callable|None=None, # Weight of each exit's own loss, the main network's last, or a function of n_exits that gives them (None: 1, EED eq. 2)
-        logit_weights:list|Callable|None=None, # Weight of each exit in `logit_loss`, likewise (None: 1, EED eq. 8)
+        alpha:float|Callable=1., # Weight of `logit_loss`, or a schedule such as `SchedCos(0., 1.)` (1: EED section IV)
+        beta:float|Callable=0., # Weight of `feat_loss` (0: as good as 1 in EED Table I, ResNet-18 by MSE)
+        label_weights:list|Callable|None=None, # Of each exit's own loss, or a function of n_exits (None: 1, EED eq. 2)
+        logit_weights:list|Callable|None=None, # Of each exit in `logit_loss`, likewise (None: 1, EED eq. 8)
         by_exit:bool=False, # Columns for each exit's part of each term?
-        exit_metric=accuracy, # Measured for each exit and the ensemble: a function of `(pred, *yb)` or a fastai `Metric`
+        exit_metric=accuracy, # Of each exit and the ensemble: a function of `(pred, *yb)` or a `Metric`
     ):
-        check_weight('alpha', alpha, True); check_weight('beta', beta, True)
+        check_weight('alpha', alpha, schedule=True)
+        check_weight('beta', beta, schedule=True)
         store_attr()
 
     @property
-    def learn(self): return self._attached
+    def learn(self):
+        "The Learner, or None"
+        return self._attached
+
     @learn.setter
     def learn(self, learn):
-        if learn is not None: self._attach(learn)
-        elif self.learn is not None: self._detach()
+        "Meet a Learner, or leave the present one"
+        if learn is not None:
+            self._attach(learn)
+        elif self.learn is not None:
+            self._detach()
         self.__dict__['_attached'] = learn
 
-# %% ../nbs/13_callback.ipynb #9ec2fbd6
+# %% ../nbs/13_callback.ipynb #0255a0fe
 @patch
 def _attach(self:EEDCallback, learn):
-    model,lf = live_model(learn),getattr(learn.loss_func, 'func', learn.loss_func)
-    if any(cb is not self for cb in learn._grab_cbs(EEDCallback)):
-        raise ValueError("This Learner has an EEDCallback already; two would add their terms twice. Take the first away with `learn.remove_cb(EEDCallback)`")
-    if type(lf).__name__ in other_tasks: refuse_task(f"The loss function is {type(lf).__name__}")
-    n_out,before,self.ignored,self.seen = n_classes(learn, model),set(model.parameters()),getattr(lf, 'ignore_index', -100),set()
-    self.w_label,self.w_logit = (exit_weights(o, w, model.n_exits) for o,w in (('label_weights', ifnone(self.label_weights, [1]*model.n_exits)), ('logit_weights', self.logit_weights)))
-    if self.beta and getattr(self.teacher, 'needs_images', False): raise ValueError(f"beta={self.beta} compares features, but {type(self.teacher).__name__} gives logits only. Set beta=0")
+    "Check, build what is missing, and add the columns"
+    model = live_model(learn)
+    self._check_alone(learn)
+    check_task(learn.loss_func)
+    n_out = n_classes(learn, model)
+    self.ignored = ignored_target(learn.loss_func)
+    self.kinds_seen = set()                  # of targets, in this fit
+    self._set_weights(model.n_exits)
+    self._check_teacher()
+    before = set(model.parameters())
     self._install(model)
-    if model.n_out is None: model.build(n_out)
-    if learn.opt is not None and set(model.parameters())!=before: renew_opt(learn)
-    if self.beta and (None in model.feature_sizes or len(set(model.feature_sizes))>1):
-        raise ValueError(f"beta={self.beta} compares the exits' features, but their sizes are {model.feature_sizes}. "
-                         "Set beta=0, or use heads that give features of one size, such as `ExitHead`")
+    if model.n_out is None:
+        model.build(n_out)
+    if learn.opt is not None and set(model.parameters())!=before:
+        renew_opt(learn)
+    self._check_features(model)
     self._add_columns(learn, model)
 
-# %% ../nbs/13_callback.ipynb #8358e4ba
+# %% ../nbs/13_callback.ipynb #8d9e9f65
+@patch
+def _set_weights(self:EEDCallback, k):
+    "The weights of `k` exits, as lists"
+    self.label_weight_list = exit_weights('label_weights', ifnone(self.label_weights, [1]*k), k)
+    self.logit_weight_list = exit_weights('logit_weights', self.logit_weights, k)
+
+# %% ../nbs/13_callback.ipynb #3b858275
+_method_parts = ('teacher', 'logit_loss', 'feat_loss')
+
 @patch
 def _install(self:EEDCallback, model):
     "Give the network the method's modules"
-    made = {o: make_part(getattr(self, o), model.method._modules.get(o), model.n_exits) for o in method_parts}
-    for o in method_parts[1:]: check_loss(o, made[o], self.by_exit or (self.logit_weights is not None and o=='logit_loss'))
-    model.method = nn.ModuleDict({k: v for k,v in made.items() if isinstance(v, nn.Module)}).to(next(model.stages.parameters()))
+    present = model.method._modules
+    made = {name: make_part(getattr(self, name), present.get(name), model.n_exits) for name in _method_parts}
+    check_loss('logit_loss', made['logit_loss'], self.by_exit or self.logit_weights is not None)
+    check_loss('feat_loss', made['feat_loss'], self.by_exit)
+    modules = {name: part for name,part in made.items() if isinstance(part, nn.Module)}
+    model.method = nn.ModuleDict(modules).to(next(model.stages.parameters()))
 
-# %% ../nbs/13_callback.ipynb #00d01171
+# %% ../nbs/13_callback.ipynb #369feb56
 @patch
-def _part(self:EEDCallback, name): return live_model(self.learn).method._modules.get(name, getattr(self, name))
+def part(self:EEDCallback,
+    name:str, # teacher, logit_loss or feat_loss
+    model:MultiExitModel|None=None, # Where its modules live (None: the Learner's network)
+): # A function or a module
+    "A part of the method as it is now"
+    model = live_model(self.learn) if model is None else model
+    return model.method._modules.get(name, getattr(self, name))
 
-# %% ../nbs/13_callback.ipynb #dd93d3dd
+# %% ../nbs/13_callback.ipynb #0b16e482
 @patch
 def _add_columns(self:EEDCallback, learn, model):
+    "Columns for exits, ensemble and terms, in place of those of an earlier fit"
     teaches = bool(self.alpha) and hasattr(model.method._modules.get('teacher'), 'loss')
-    terms = ['exit_loss'] + ['logit_loss']*bool(self.alpha) + ['teacher_loss']*teaches + ['feat_loss']*bool(self.beta)
-    by_exit = [f'{t}.{n}' for t in terms for n in model.exit_names if t!='teacher_loss' and (t,n)!=('exit_loss','main')]
-    learn.metrics = [*without_exit_columns(learn.metrics), *exit_columns(model.exit_names, terms + by_exit*self.by_exit, self.exit_metric)]
+    asked = {'exit_loss': True, 'logit_loss': self.alpha, 'teacher_loss': teaches, 'feat_loss': self.beta}
+    terms = [name for name,wanted in asked.items() if wanted]
+    if self.by_exit:
+        pairs = [(term, name) for term in terms if term!='teacher_loss' for name in model.exit_names]
+        terms = terms + [f'{term}.{name}' for term,name in pairs if (term,name)!=('exit_loss','main')]
+    own = without_exit_columns(learn.metrics)
+    learn.metrics = [*own, *exit_columns(model.exit_names, terms, self.exit_metric)]
     self._reset(learn)
 
-# %% ../nbs/13_callback.ipynb #d3791ce1
+# %% ../nbs/13_callback.ipynb #990f624d
 @patch
 def _reset(self:EEDCallback, learn, want=False):
     "Keep nothing of a batch; ask for all exits, or not"
-    learn.exits,learn.exit_terms,learn.exit_parts = None,{},{}
+    learn.exits = None
+    learn.exit_terms = {}
+    learn.exit_parts = {}
     live_model(learn).want_exits = want
 
-# %% ../nbs/13_callback.ipynb #2253915b
+# %% ../nbs/13_callback.ipynb #51c32395
 @patch
 def _detach(self:EEDCallback):
-    self.learn.metrics = without_exit_columns(self.learn.metrics)
-    for o in ('exits', 'exit_terms', 'exit_parts'): self.learn.__dict__.pop(o, None)
-    if (model := unwrap(self.learn.model)) is None: return
-    method,model.method,model.want_exits = model.method,nn.ModuleDict(),False
-    self.__dict__.update(method)                              # what it has learned leaves with the callback
-    if len(method) and self.learn.opt is not None: renew_opt(self.learn)
+    "Take columns, attributes and the method's modules away"
+    learn = self.learn
+    learn.metrics = without_exit_columns(learn.metrics)
+    for name in ('exits', 'exit_terms', 'exit_parts'):
+        learn.__dict__.pop(name, None)
+    model = unwrap(learn.model)
+    if model is None:
+        return
+    learned = model.method
+    model.method = nn.ModuleDict()
+    model.want_exits = False
+    self.__dict__.update(learned)
+    if len(learned) and learn.opt is not None:
+        renew_opt(learn)
 
 # %% ../nbs/13_callback.ipynb #d5056401
 @patch
@@ -115,104 +167,136 @@ def before_fit(self:EEDCallback):
     "Set the columns; forget what an interrupted fit left"
     self._attach(self.learn)
 
-# %% ../nbs/13_callback.ipynb #a164ec06
+# %% ../nbs/13_callback.ipynb #1a55be72
+@patch(as_prop=True)
+def shows_train_columns(self:EEDCallback):
+    "Does the Recorder show metrics of training batches, too?"
+    return getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False)
+
+@patch(as_prop=True)
+def trains_main_only(self:EEDCallback):
+    "Does nothing but the main network learn, and nobody look at the other exits?"
+    if self.alpha or self.beta or self.shows_train_columns:
+        return False
+    return self.label_weight_list==main_only(len(self.label_weight_list))
+
+# %% ../nbs/13_callback.ipynb #e5359041
 @patch
 def before_batch(self:EEDCallback):
     "Ask the model for all exits at its next `forward`"
-    if len(self.yb): self._check_targets(self.yb[0])
-    self.asks = not (self.training and self._alone)
+    if len(self.yb):
+        self._check_targets(self.yb[0].as_subclass(Tensor))
+    self.asks = not (self.training and self.trains_main_only)
     self._reset(self.learn, self.asks)
 
-# %% ../nbs/13_callback.ipynb #51957a5b
-@patch(as_prop=True)
-def _shown(self:EEDCallback): return getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False)     # are there columns for training batches, too?
+# %% ../nbs/13_callback.ipynb #67417357
+@patch
+def _check_targets(self:EEDCallback, y):
+    "Refuse targets of another task, or out of range"
+    classes = are_classes(y)
+    new = classes not in self.kinds_seen
+    self.kinds_seen = self.kinds_seen | {classes}
+    if new and not classes and not are_probs(y):
+        refuse_task(f"The targets are {y.dtype} of shape {tuple(y.shape)}")
+    if classes and len(y) and (new or y.device.type=='cpu'):
+        check_range(y, live_model(self.learn).n_out, self.ignored)
 
-# %% ../nbs/13_callback.ipynb #a5177f39
-@patch(as_prop=True)
-def _alone(self:EEDCallback):
-    return not (self.alpha or self.beta or self._shown) and self.w_label==main_only(len(self.w_label))
-
-# %% ../nbs/13_callback.ipynb #f0c5b3d2
+# %% ../nbs/13_callback.ipynb #3bdc9310
 @patch
 def after_pred(self:EEDCallback):
     "Keep all exits in float32; the main one is the prediction"
     live_model(self.learn).want_exits = False
-    if not self.asks: return
-    if not isinstance(self.pred, (tuple, list)):
-        raise RuntimeError(f"EEDCallback asked the network for all exits and found a {type(self.pred).__name__}: another callback called the model in `before_batch`. "
-                           "Let that callback run the model elsewhere, or call `model.all_exits(x)`")
+    if not self.asks:
+        return
+    self._check_answer(self.pred)
     z,f = self.pred
     self.learn.exits = Exits(z.float(), None if f is None else f.float())
     self.learn.pred = z[:,-1]
 
-# %% ../nbs/13_callback.ipynb #b44c7bcc
+# %% ../nbs/13_callback.ipynb #0d534d22
 @patch
-def _check_targets(self:EEDCallback, y):
-    y,n_out,classes = y.as_subclass(Tensor),live_model(self.learn).n_out,y.ndim==1 and not y.is_floating_point()
-    new,self.seen = classes not in self.seen,self.seen | {classes}
-    if new and not classes and not are_probs(y): refuse_task(f"The targets are {y.dtype} of shape {tuple(y.shape)}")
-    if classes and len(y) and (new or y.device.type=='cpu'):
-        lo,hi = torch.stack(y.aminmax()).tolist()
-        if not (0<=lo and hi<n_out) and len(y := y[y!=self.ignored]) and not (0<=y.min() and y.max()<n_out):
-            raise ValueError(f"The targets go from {int(y.min())} to {int(y.max())}, but the network has {n_out} classes, 0 to {n_out-1}. Check the labels, or `n_out`")
+def current_weight(self:EEDCallback,
+    weight:float|Callable, # `alpha` or `beta`
+) -> float: # The weight of this batch
+    "The present value of a weight that may be a schedule"
+    return weight(getattr(self.learn, 'pct_train', 1.)) if callable(weight) else weight
 
-# %% ../nbs/13_callback.ipynb #6dabe58e
 @patch
-def _now(self:EEDCallback, weight): return weight(getattr(self.learn, 'pct_train', 1.)) if callable(weight) else weight
+def objective(self:EEDCallback,
+    model:MultiExitModel|None=None, # Where the method's modules live (None: the Learner's network)
+) -> Objective: # What the exits learn from this batch
+    "The objective as it is now"
+    parts = [self.part(name, model) for name in _method_parts]
+    weights = [self.current_weight(o) for o in (self.alpha, self.beta)]
+    return Objective(self.learn.loss_func, *parts, *weights, self.label_weight_list, self.logit_weight_list)
 
-# %% ../nbs/13_callback.ipynb #bb377b39
-@patch
-def _targets(self:EEDCallback, z):
-    teacher = self._part('teacher')
-    return teacher(z.detach(), self.xb[0]) if getattr(teacher, 'needs_images', False) else teacher(z.detach())
-
-# %% ../nbs/13_callback.ipynb #2e9141fa
-@patch
-def _aims(self:EEDCallback, z, f):
-    "The targets for logits and features; None where nothing needs them"
-    return self._targets(z) if self._now(self.alpha) else None, self._targets(f).detach() if self._now(self.beta) else None
-
-# %% ../nbs/13_callback.ipynb #992b29b1
-@patch
-def _terms(self:EEDCallback, z, f, only=None, aims=None):
-    k,(t,u) = z.shape[1],aims or self._aims(z, f)
-    loss,teacher = (None,None) if t is None else (self._part('logit_loss'),self._part('teacher'))
-    res = {'exit_loss': exit_loss(self.learn.loss_func, z[:,:-1], self.yb, **pick_weights(self.w_label[:-1], only, k-1))}
-    if t is not None: res['logit_loss'] = self._now(self.alpha) * loss(z, t.detach(), **pick_weights(self.w_logit, only, k))
-    if only is None and hasattr(teacher, 'loss'): res['teacher_loss'] = teacher.loss(t, z.detach(), lambda t: exit_loss(self.learn.loss_func, t, self.yb))
-    if u is not None: res['feat_loss'] = self._now(self.beta) * self._part('feat_loss')(f, u, **pick_weights(None, only, k))
-    if only is None and self.training and hasattr(loss, 'update'): loss.update(t.detach())
-    return res
-
-# %% ../nbs/13_callback.ipynb #da5b9d5b
+# %% ../nbs/13_callback.ipynb #f5b5d636
 @patch
 def after_loss(self:EEDCallback):
     "Compute the terms, and in training add them to the loss"
-    if not len(self.yb) or self.learn.exits is None: return
+    if not len(self.yb) or self.learn.exits is None:
+        return
     with torch._C.DisableTorchFunctionSubclass():             # plain tensors inside
-        aims = self._aims(*self.learn.exits)
-        if self.by_exit and (self._shown or not self.training): self.learn.exit_parts = self._by_exit(*self.learn.exits, aims)      # first: a temperature rises in `_terms`
-        terms = self._terms(*self.learn.exits, aims=aims)
-        self.learn.exit_terms = {k:v.detach() for k,v in terms.items()}
-        if not self.training: return
-        self.learn.loss_grad = self._main(self.learn.loss_grad) + sum(terms.values())
-        self.learn.loss = self.learn.loss_grad.detach().clone()   # a clone: GradientAccumulation divides `loss_grad` in place
+        z,f = self.learn.exits
+        objective = self.objective()
+        targets = objective.targets(z, f, self.xb[0])
+        terms = objective.terms(z, f, self.yb, targets)
+        self.learn.exit_terms = {name: term.detach() for name,term in terms.items()}
+        if self.by_exit and (self.shows_train_columns or not self.training):
+            self.learn.exit_parts = self._terms_by_exit(objective, z, f, targets)
+        if self.training:
+            objective.remember(targets)
+            self.learn.loss_grad = objective.main_loss(self.learn.loss_grad) + sum(terms.values())
+            self.learn.loss = self.learn.loss_grad.detach().clone()   # `loss_grad` may be divided in place
 
-# %% ../nbs/13_callback.ipynb #96c5b6d7
-@patch
-def _main(self:EEDCallback, loss): return loss if self.w_label[-1]==1 else self.w_label[-1]*loss
-
-# %% ../nbs/13_callback.ipynb #a4c416b1
+# %% ../nbs/13_callback.ipynb #d1e74309
 @patch
 @torch.no_grad()
-def _by_exit(self:EEDCallback, z, f, aims):
-    return {f'{k}.{n}': v for i,n in enumerate(live_model(self.learn).exit_names) for k,v in self._terms(z, f, i, aims).items()}
+def _terms_by_exit(self:EEDCallback, objective, z, f, targets):
+    "Each exit's part of each term, by name"
+    names = live_model(self.learn).exit_names
+    parts = [objective.terms(z, f, self.yb, targets, only=i) for i in range(len(names))]
+    return {f'{term}.{name}': value for name,part in zip(names, parts) for term,value in part.items()}
 
-# %% ../nbs/13_callback.ipynb #e0795ac9
+# %% ../nbs/13_callback.ipynb #69013b5b
 @patch
 def after_validate(self:EEDCallback):
     "Let go of the last batch's exits, and of a request that nobody took"
     self._reset(self.learn)
 
-# %% ../nbs/13_callback.ipynb #7b62668c
-EEDCallback.after_fit = EEDCallback.after_validate
+@patch
+def after_fit(self:EEDCallback):
+    "Let go of the last batch's exits, and of a request that nobody took"
+    self._reset(self.learn)
+
+# %% ../nbs/13_callback.ipynb #09878f4d
+@patch
+def _check_alone(self:EEDCallback, learn):
+    "An error if the Learner has another EEDCallback"
+    if any(cb is not self for cb in learn._grab_cbs(EEDCallback)):
+        raise ValueError("This Learner has an EEDCallback already; two would add their terms twice. "
+                         "Take the first away with `learn.remove_cb(EEDCallback)`")
+
+@patch
+def _check_teacher(self:EEDCallback):
+    "An error if features should be compared and the teacher has none"
+    if self.beta and getattr(self.teacher, 'needs_images', False):
+        found = type(self.teacher).__name__
+        raise ValueError(f"beta={self.beta} compares features, but {found} gives logits only. Set beta=0")
+
+@patch
+def _check_features(self:EEDCallback, model):
+    "An error if features should be compared and are not of one size"
+    sizes = model.feature_sizes
+    if self.beta and (None in sizes or len(set(sizes))>1):
+        raise ValueError(f"beta={self.beta} compares the exits' features, but their sizes are {sizes}. "
+                         "Set beta=0, or use heads that give features of one size, such as `ExitHead`")
+
+@patch
+def _check_answer(self:EEDCallback, pred):
+    "An error if the model gave one exit where all were asked for"
+    if not isinstance(pred, (tuple, list)):
+        found = type(pred).__name__
+        raise RuntimeError(f"EEDCallback asked the network for all exits and found a {found}: another callback "
+                           "called the model in `before_batch`. Let that callback run the model elsewhere, "
+                           "or call `model.all_exits(x)`")

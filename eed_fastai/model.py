@@ -90,7 +90,7 @@ def check_built(self:MultiExitModel):
 
 # %% ../nbs/06_model.ipynb #1e9a8a87
 @patch
-def _check(self:MultiExitModel, x):
+def check_images(self:MultiExitModel, x):
     self.check_built()
     if x.ndim!=4 or x.shape[1]!=self.n_in:
         raise ValueError(f"The images have shape {tuple(x.shape)}, but the network takes (batch, {self.n_in}, height, width). "

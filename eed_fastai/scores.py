@@ -12,12 +12,12 @@ import numpy as np
 __all__ = ['named_scores', 'max_prob', 'softmax_np', 'max_prob_np', 'margin', 'margin_np', 'entropy', 'entropy_np', 'patience',
            'patience_np', 'Score', 'score_name']
 
-# %% ../nbs/17_scores.ipynb #26abf65e
+# %% ../nbs/17_scores.ipynb #e3cd0a35
 def max_prob(
     z:Tensor, # Logits so far `(b,i+1,n_out)`
 ) -> Tensor: # `(b,)`, 0…1
     "Probability of the likeliest class (MSDNet)"
-    return z.select(1, -1).softmax(-1).amax(-1)           # as z[:,-1], which costs 10 µs more when one image is asked for
+    return z.select(1, -1).softmax(-1).amax(-1)           # `z[:,-1]` would take 10 µs more for one image
 
 # %% ../nbs/17_scores.ipynb #95441608
 def softmax_np(
