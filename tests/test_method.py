@@ -31,69 +31,164 @@ def mse(a, b):
     return ((a - b) ** 2).mean()
 
 
-def by_hand(recipe, zs, fs, y, model=None, x=None):
-    "The loss of `recipe`, written out exit by exit from the papers' equations and the codes' weights; None where it is EED's own"
+def flat(outs):
+    return [o.flatten(1) for o in outs]
+
+
+# --- methods as their authors write them, exit by exit --------------------------------------------------------------
+
+
+def plain(zs, fs, y, model, x):
+    return ce(zs[-1], y)
+
+
+def branchynet(zs, fs, y, model, x):
     k = len(zs)
-    flat = [f.flatten(1) for f in fs]
-    main = zs[-1].detach()
-    if recipe == 'plain':
-        return ce(zs[-1], y)
-    if recipe == 'branchynet':
-        return sum((1.0 + i / (k - 1) * (0.3 - 1.0)) * ce(zs[i], y) for i in range(k))
-    if recipe in ('pl', 'pl_constant'):
-        T = 4.0 if recipe == 'pl_constant' else 1.05 ** int(model.method['logit_loss'].rises)
-        C, scale = 0.5, 2 * 5 / k
-        loss = (1 - C) * ce(zs[-1], y)
-        for i in range(k - 1):
-            loss = loss + (1 - C) * ce(zs[i], y) + C * T**2 * (soft_ce(zs[i], main, T) - entropy(main, T))
-        return scale * loss
-    if recipe == 'byot':
-        loss = 0.9 * ce(zs[-1], y)
-        for i in range(k - 1):
-            mask = (flat[i] > 0) | (flat[-1].detach() > 0)
-            loss = (
-                loss
-                + 0.9 * ce(zs[i], y)
-                + 0.1 * 9 * (soft_ce(zs[i], main, 3.0) - entropy(main, 3.0))
-                + 1e-6 * ((flat[i] - flat[-1].detach()) ** 2 * mask).sum()
-            )
-        return loss
-    if recipe == 'beed':
-        w = [1.6**i for i in range(k)]
-        G, GF = (sum(a * o.detach() for a, o in zip(w, os)) / sum(w) for os in (zs, flat))
-        return sum(
-            (2 - 1.15 ** (k - i)) * ce(zs[i - 1], y)
-            + 1.15 ** (k - i) * 9 * kl(zs[i - 1], G, 3.0)
-            + 0.1 * mse(flat[i - 1], GF)
-            for i in range(1, k + 1)
-        )
-    if recipe == 'mate_style':
-        lean, theta, loss = model.method['teacher'].lean, model.method['teacher'].theta, sum(ce(z, y) for z in zs)
-        for m in range(k):
-            e = (lean[m] + theta[m]).exp()
-            V = sum(e[j] / e.sum() * zs[j].detach() for j in range(k))
-            loss = loss + ce(V, y) + kl(zs[m].detach(), V, 3.0)  # the teacher's own part
-            for i in range(k):
-                loss = loss + (0.6 if i == m else 0.4 / (k - 1)) * kl(zs[i], V.detach(), 3.0)
-        return loss
-    if recipe == 'hinton_kd':
-        t = external(x)
-        return sum(0.1 * ce(z, y) + 0.9 * 16 * kl(z, t, 4.0) for z in zs)
-    return eed_by_hand(recipe, zs, fs, y)
+    return sum((1.0 + i / (k - 1) * (0.3 - 1.0)) * ce(zs[i], y) for i in range(k))
 
 
-def eed_by_hand(recipe, zs, fs, y):
-    T, k = 3.0, len(zs)
-    loss = sum(ce(z, y) for z in zs)  # eq. 2
-    if recipe == 'joint_ce':
-        return loss
-    conventional = recipe.startswith('main')
-    G, GF = (zs[-1], fs[-1]) if conventional else (sum(zs) / k, sum(fs) / k)
-    G, GF = G.detach(), GF.detach()
-    students = range(k - 1 if conventional else k)  # eq. 4: i < k; eq. 8: i <= k
-    weight = 0.1 * T**2 if 'kl' in recipe and 'code' in recipe else 1.0
-    loss = loss + weight * sum(kl(zs[i], G, T) if 'kl' in recipe else mse(zs[i], G) for i in students)
-    return loss + sum(mse(fs[i], GF) for i in students) if 'feat' in recipe else loss
+def phuong_lampert(zs, fs, y, T):
+    k, main = len(zs), zs[-1].detach()
+    C, scale = 0.5, 2 * 5 / k
+    loss = (1 - C) * ce(zs[-1], y)
+    for z in zs[:-1]:
+        loss = loss + (1 - C) * ce(z, y) + C * T**2 * (soft_ce(z, main, T) - entropy(main, T))
+    return scale * loss
+
+
+def pl(zs, fs, y, model, x):
+    return phuong_lampert(zs, fs, y, 1.05 ** int(model.method['logit_loss'].rises))
+
+
+def pl_constant(zs, fs, y, model, x):
+    return phuong_lampert(zs, fs, y, 4.0)
+
+
+def byot(zs, fs, y, model, x):
+    main, fs = zs[-1].detach(), flat(fs)
+    loss = 0.9 * ce(zs[-1], y)
+    for z, f in zip(zs[:-1], fs):
+        mask = (f > 0) | (fs[-1].detach() > 0)
+        loss = loss + 0.9 * ce(z, y) + 0.1 * 9 * (soft_ce(z, main, 3.0) - entropy(main, 3.0))
+        loss = loss + 1e-6 * ((f - fs[-1].detach()) ** 2 * mask).sum()
+    return loss
+
+
+def beed(zs, fs, y, model, x):
+    k, fs = len(zs), flat(fs)
+    w = [1.6**i for i in range(k)]
+    G, GF = (sum(a * o.detach() for a, o in zip(w, os)) / sum(w) for os in (zs, fs))
+    loss = 0.0
+    for i in range(1, k + 1):
+        loss = loss + (2 - 1.15 ** (k - i)) * ce(zs[i - 1], y)
+        loss = loss + 1.15 ** (k - i) * 9 * kl(zs[i - 1], G, 3.0) + 0.1 * mse(fs[i - 1], GF)
+    return loss
+
+
+def mate_style(zs, fs, y, model, x):
+    k, lean, theta = len(zs), model.method['teacher'].lean, model.method['teacher'].theta
+    loss = sum(ce(z, y) for z in zs)
+    for m in range(k):
+        e = (lean[m] + theta[m]).exp()
+        V = sum(e[j] / e.sum() * zs[j].detach() for j in range(k))
+        loss = loss + ce(V, y) + kl(zs[m].detach(), V, 3.0)  # the teacher's own part
+        for i in range(k):
+            loss = loss + (0.6 if i == m else 0.4 / (k - 1)) * kl(zs[i], V.detach(), 3.0)
+    return loss
+
+
+def hinton_kd(zs, fs, y, model, x):
+    t = external(x)
+    return sum(0.1 * ce(z, y) + 0.9 * 16 * kl(z, t, 4.0) for z in zs)
+
+
+as_published = {f.__name__: f for f in (plain, branchynet, pl, pl_constant, byot, beed, mate_style, hinton_kd)}
+
+# --- all others from their parts: what a teacher says, how a distance is measured -----------------------------------
+
+
+def mean_of(outs, weights):
+    return sum(w * o for w, o in zip(weights, outs)) / sum(weights)
+
+
+def subset_by_hand(outs, idxs):
+    chosen = {i % len(outs) for i in idxs}
+    return sum(outs[i] for i in chosen) / len(chosen)
+
+
+teachers_by_hand = {  # of the library's function: outputs of all exits, keywords of a `partial` → one target
+    'main_teacher': lambda outs: outs[-1],
+    'ensemble_teacher': lambda outs: sum(outs) / len(outs),
+    subset_teacher([0]).func.__name__: subset_by_hand,
+    weighted_teacher([1]).func.__name__: mean_of,
+    growing_teacher(2).func.__name__: lambda outs, base: mean_of(outs, [base**i for i in range(len(outs))]),
+}
+distances_by_hand = {  # of the library's function: one exit's output, its target, keywords → one number
+    'logit_mse': mse,
+    'logit_kl': lambda z, t, T=3.0: kl(z, t, T),
+    'feat_mse': mse,
+    'feat_sse': lambda f, u: ((f - u) ** 2).sum(),
+}
+
+
+def counterpart(table, part):
+    "The independent form of a part of a recipe, with the keywords that the recipe fixes"
+    name = getattr(part, 'func', part).__name__
+    if name not in table:
+        raise LookupError(f'{name} has no independent form in this file: write one, and put it into the table')
+    return partial(table[name], **getattr(part, 'keywords', {}))
+
+
+def from_parts(recipe, zs, fs, y):
+    "The loss of a recipe, put together from the parts that it names"
+    teacher, k = counterpart(teachers_by_hand, recipe['teacher']), len(zs)
+    distance = counterpart(distances_by_hand, recipe['logit_loss'])
+    of_labels, of_logits = (
+        [1.0] * k if recipe.get(o) is None else recipe[o](k) for o in ('label_weights', 'logit_weights')
+    )
+    loss = sum(w * ce(z, y) for w, z in zip(of_labels, zs))
+    if recipe['alpha']:
+        t = teacher([z.detach() for z in zs])
+        loss = loss + recipe['alpha'] * sum(w * distance(z, t) for w, z in zip(of_logits, zs))
+    if recipe.get('beta'):
+        u = teacher([f.detach() for f in flat(fs)])
+        between = counterpart(distances_by_hand, recipe['feat_loss'])
+        loss = loss + recipe['beta'] * sum(between(f, u) for f in flat(fs))
+    return loss
+
+
+def by_hand(name, zs, fs, y, model=None, x=None):
+    "The loss of the recipe called `name`, independently of the library"
+    if name in as_published:
+        return as_published[name](zs, fs, y, model, x)
+    return from_parts(recipes[name], zs, fs, y)
+
+
+def test_a_part_without_an_independent_form_is_an_error(monkeypatch):
+    "A recipe of a new kind is not checked as if it were an old one, whatever its name"
+
+    def geometric_teacher(z):
+        return z.log_softmax(-1).mean(1, keepdim=True)
+
+    z, y = torch.randn(8, 3, 5, dtype=torch.float64), torch.randint(5, (8,))
+    outs = list(z.unbind(1))
+    monkeypatch.setitem(recipes, 'eed_mse_too', recipes['eed_mse'] | dict(teacher=geometric_teacher))
+    with pytest.raises(LookupError, match='geometric_teacher'):
+        by_hand('eed_mse_too', outs, outs, y)
+    monkeypatch.setitem(teachers_by_hand, 'geometric_teacher', lambda outs: sum(softmax(o).log() for o in outs) / 3)
+    t = geometric_teacher(z)
+    assert abs(by_hand('eed_mse_too', outs, outs, y) - exit_ce(z, y) - logit_mse(z, t)) < 1e-10
+
+
+@pytest.mark.parametrize('name', [*subset_recipes()])
+def test_subset_recipes_are_their_parts(name):
+    recipe = subset_recipes()[name]
+    z, y = torch.randn(8, 4, 5, dtype=torch.float64), torch.randint(5, (8,))
+    idxs = [3 if o == 'main' else int(o) for o in name.split('_')[1:]]
+    expected = sum(ce(o, y) + mse(o, sum(z[:, i] for i in idxs) / len(idxs)) for o in z.unbind(1))
+    outs = list(z.unbind(1))
+    assert abs(from_parts(recipe, outs, outs, y) - expected) < 1e-10
+    assert abs(exit_ce(z, y) + recipe['logit_loss'](z, recipe['teacher'](z)) - expected) < 1e-10
 
 
 external_net = tiny_resnet(n_out=10).eval()
@@ -126,7 +221,10 @@ def test_every_recipe_is_its_equations(recipe):
     zs, fs = zip(*model_outputs(model.train(), xb))
     learn.xb, learn.yb, learn.training = (xb,), (yb,), False  # not training: a temperature stays
     cb = learn._grab_cbs(EEDCallback)[0]
-    loss = cb._main(F.cross_entropy(zs[-1], yb)) + sum(cb._terms(*stack_exits(zip(zs, fs))).values())
+    objective = cb.objective()
+    outs = stack_exits(zip(zs, fs))
+    terms = objective.terms(*outs, (yb,), objective.targets(*outs, xb))
+    loss = objective.main_loss(F.cross_entropy(zs[-1], yb)) + sum(terms.values())
     ours = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
     expected = by_hand(recipe, zs, fs, yb, model, xb)
     theirs = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
@@ -218,26 +316,34 @@ def test_alpha_and_beta_zero_is_joint_ce():
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
+published_weights = {  # name → weight of logits and of features: EED paper, Table I and eqs. 2 to 8; its code, `train.py`
+    'joint_ce': (0.0, 0.0),
+    **{f'{who}_{loss}': (1.0, 0.0) for who in ('main', 'eed') for loss in ('kl', 'mse')},
+    **{f'{who}_{loss}_feat': (1.0, 1.0) for who in ('main', 'eed') for loss in ('kl', 'mse')},
+    'eed_kl_code': (0.9, 0.0),
+    'eed_kl_feat_code': (0.9, 1.0),
+    'eed_mse_code': (1.0, 0.0),
+    'eed_mse_feat_code': (1.0, 1.0),
+}
+
+
 def test_recipes_have_sources():
-    eed = {f'{a}_{b}{c}' for a in ('main', 'eed') for b in ('kl', 'mse') for c in ('', '_feat')} | {
-        f'eed_{b}{c}_code' for b in ('kl', 'mse') for c in ('', '_feat')
-    }
-    assert set(recipes) == eed | {
-        'plain',
-        'joint_ce',
-        'branchynet',
-        'pl',
-        'pl_constant',
-        'byot',
-        'beed',
-        'mate_style',
-        'hinton_kd',
-    }
+    assert set(recipes) >= {*published_weights, *as_published}
     assert all(r.source and r.status in ('paper', 'code', 'reconstruction') for r in recipes.values())
     assert 'MATE-style (reconstructed)' in recipes['mate_style'].source
-    assert {n: recipes[n]['alpha'] for n in ('eed_kl', 'eed_kl_code', 'eed_mse', 'eed_mse_code')} == dict(
-        eed_kl=1.0, eed_kl_code=0.9, eed_mse=1.0, eed_mse_code=1.0
-    )
+
+
+@pytest.mark.parametrize('name', published_weights)
+def test_the_papers_recipes_are_made_of_the_papers_parts(name):
+    recipe, (alpha, beta) = recipes[name], published_weights[name]
+    assert (recipe['alpha'], recipe['beta']) == (alpha, beta)
+    assert recipe.get('label_weights') is None and recipe.get('logit_weights') is None
+    if alpha:
+        assert recipe['teacher'] is (main_teacher if name.startswith('main') else ensemble_teacher)
+        loss = recipe['logit_loss']
+        assert loss is logit_mse if 'mse' in name else (loss.func, loss.keywords) == (logit_kl, dict(T=3.0))
+    if beta:
+        assert recipe['feat_loss'] is feat_mse
 
 
 def test_the_annealed_temperature_follows_the_code():
@@ -389,7 +495,10 @@ def test_mate_style_teachers_stay_different():
     learn.training = True
     b = learn.dls.train.one_batch()
     learn.xb, learn.yb = (b[0],), (b[1].as_subclass(Tensor),)
-    terms = cb._terms(*learn.model.all_exits(b[0].as_subclass(Tensor)))
+    x = b[0].as_subclass(Tensor)
+    outs = learn.model.all_exits(x)
+    objective = cb.objective()
+    terms = objective.terms(*outs, learn.yb, objective.targets(*outs, x))
     net = [*learn.model.stages.parameters(), *learn.model.heads.parameters()]
     for name, term in terms.items():
         grads = torch.autograd.grad(term, [teacher.theta, *net], retain_graph=True, allow_unused=True)
