@@ -20,14 +20,14 @@ def digit_image(
     im = Image.fromarray((np.asarray(grey)*255/16).round().astype(np.uint8))
     return np.asarray(im.resize((size, size), Image.BICUBIC).convert('RGB'))
 
-# %% ../nbs/00_data.ipynb #548f873b
-_digit_stats = [0.3094]*3, [0.3488]*3   # mean and standard deviation of the 1,437 training images, measured in this chapter
+# %% ../nbs/00_data.ipynb #5d1a5c6e
+_digit_stats = [0.3094]*3, [0.3488]*3   # mean and standard deviation of the 1,437 training images, checked below
 
-# %% ../nbs/00_data.ipynb #c82e0e88
+# %% ../nbs/00_data.ipynb #0dbb63c7
 def digits_dls(
     bs:int=64, # Images in a batch (64: fastai's default)
     size:int=32, # Side of the images in pixels
-    valid:int=360, # Images that judge, of 1,797 (360: a fifth)
+    valid:int=360, # Images that validate, of 1,797 (360: a fifth)
     seed:int=0, # Seed of the stratified split; the same seed gives the same split everywhere
     aug:bool=True, # Turn by up to 10° and zoom by up to 10 % while training?
     num_workers:int=0, # Processes that load images (0: the set lies in memory)
@@ -35,42 +35,93 @@ def digits_dls(
     "scikit-learn's 1,797 handwritten digits, enlarged, split and ready for a `Learner`"
     raw = load_digits()
     items = [(digit_image(im, size), str(y)) for im,y in zip(raw.images, raw.target)]
-    _,judge = train_test_split(range_of(items), test_size=valid, stratify=raw.target, random_state=seed)
+    _,valid_idx = train_test_split(range_of(items), test_size=valid, stratify=raw.target, random_state=seed)
     tfms = aug_transforms(do_flip=False, max_rotate=10., max_zoom=1.1, max_lighting=0., max_warp=0.) if aug else []
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=[str(o) for o in raw.target_names])), get_x=ItemGetter(0), get_y=ItemGetter(1),
-                      splitter=IndexSplitter(judge), batch_tfms=[*tfms, Normalize.from_stats(*_digit_stats)])
+    labels = CategoryBlock(vocab=[str(o) for o in raw.target_names])
+    block = DataBlock((ImageBlock, labels), get_x=ItemGetter(0), get_y=ItemGetter(1),
+                      splitter=IndexSplitter(valid_idx), batch_tfms=[*tfms, Normalize.from_stats(*_digit_stats)])
     return block.dataloaders(items, bs=bs, num_workers=num_workers)
 
-# %% ../nbs/00_data.ipynb #cd9deff1
-def _image_files(path):
-    "All images below `path`, and how they are split: by `train`/`valid` folders, or None"
-    if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}; give a folder that holds one folder of images for each class")
-    names = [o for o in ('train', 'valid', 'val', 'test') if (path/o).is_dir()]
-    split = names[:2] if names[:2] in (['train','valid'], ['train','val']) else None
-    if names and not split: raise ValueError(f"{path} holds {' and '.join(names)}; expected `train` and `valid` (or `val`), or class folders alone. Rename or move them")
-    files = get_image_files(path, folders=split).sorted()
-    if not files: raise ValueError(f"{path} holds no images; expected one folder for each class, such as {path}/cat/1.jpg, or train/cat/1.jpg and valid/cat/2.jpg")
-    if astray := [f for f in files if len(f.relative_to(path).parts)!=(3 if split else 2)]: raise ValueError(f"{len(astray)} of {len(files)} images are not right below a class folder, such as {astray[0]}; an image's folder is its class. Move or remove them")
-    return files, GrandparentSplitter(*split) if split else None
+# %% ../nbs/00_data.ipynb #78736d26
+def _split_folders(path):
+    "Folders to train and validate on, such as `train` and `valid`; None where the class folders lie side by side"
+    found = [o for o in ('train', 'valid', 'val', 'test') if (path/o).is_dir()]
+    if not found:
+        return None
+    if found[:2] in (['train','valid'], ['train','val']):
+        return found[:2]
+    raise ValueError(f"{path} holds {' and '.join(found)}; expected `train` and `valid` (or `val`), "
+                     "or class folders alone. Rename or move them")
 
-# %% ../nbs/00_data.ipynb #0a52493c
+# %% ../nbs/00_data.ipynb #ac6e78b8
+def _image_files(path, folders):
+    "All images below `path`, or below its `folders`; each must lie right below a class folder"
+    files = get_image_files(path, folders=folders).sorted()
+    if not files:
+        raise ValueError(f"{path} holds no images; expected one folder for each class, "
+                         f"such as {path}/cat/1.jpg, or train/cat/1.jpg and valid/cat/2.jpg")
+    depth = 3 if folders else 2
+    astray = [f for f in files if len(f.relative_to(path).parts)!=depth]
+    if astray:
+        raise ValueError(f"{len(astray)} of {len(files)} images are not right below a class folder, "
+                         f"such as {astray[0]}; an image's folder is its class. Move or remove them")
+    return files
+
+# %% ../nbs/00_data.ipynb #3489f463
 def _readable(files, skip_unreadable):
     "The images that can be opened; an error names the others, unless they may be skipped"
-    ok = parallel(verify_image, files, threadpool=True, n_workers=defaults.cpus, progress=False)
-    bad = [f for f,o in zip(files, ok) if not o]
+    opened = parallel(verify_image, files, threadpool=True, n_workers=defaults.cpus, progress=False)
+    bad = [f for f,ok in zip(files, opened) if not ok]
     if bad and not skip_unreadable:
-        raise ValueError(f"{len(bad)} of {len(files)} images cannot be read: {', '.join(map(str, bad[:5]))}{' …' if len(bad)>5 else ''}. "
+        names = ', '.join(map(str, bad[:5])) + (' …' if len(bad)>5 else '')
+        raise ValueError(f"{len(bad)} of {len(files)} images cannot be read: {names}. "
                          "Repair or remove them, or pass `skip_unreadable=True`")
-    return L(f for f,o in zip(files, ok) if o)
+    return L(f for f,ok in zip(files, opened) if ok)
 
-# %% ../nbs/00_data.ipynb #8d7e97c6
+# %% ../nbs/00_data.ipynb #49d245db
+def _split_by_class(path, files, share, seed):
+    "Indices to train and to validate on: a `share` of each class validates, if there are two classes at least"
+    labels = files.map(parent_label)
+    counts = Counter(labels)
+    if len(counts)<2:
+        return range_of(files), []
+    rare = sorted(c for c,n in counts.items() if n<2)
+    if rare:
+        raise ValueError(f"{path} has one image only of {', '.join(rare)}; splitting needs at least two of each class")
+    n = min(max(round(share*len(files)), len(counts)), len(files)-len(counts))
+    return TrainTestSplitter(test_size=n, random_state=seed, stratify=list(labels))(files)
+
+# %% ../nbs/00_data.ipynb #7b1b8bd5
 def _check_classes(path, train, valid):
-    counts = Counter(map(parent_label, train))
-    if len(counts)<2: raise ValueError(f"{path} holds images of {len(counts)} class to train on ({', '.join(counts) or 'none'}); a classifier needs at least two folders")
-    if not len(valid): raise ValueError(f"{path} holds no images to validate on; put some below `valid`, or give a larger `valid_pct`")
-    if unknown := set(map(parent_label, valid)) - set(counts): raise ValueError(f"{path} has validation images of classes that it has no training images of: {', '.join(sorted(unknown))}")
+    "Are there two classes to train on, images to validate on, and no class among these that is not trained?"
+    classes = Counter(map(parent_label, train))
+    if len(classes)<2:
+        raise ValueError(f"{path} holds images of {len(classes)} class to train on ({', '.join(classes) or 'none'}); "
+                         "a classifier needs at least two folders")
+    if not valid:
+        raise ValueError(f"{path} holds no images to validate on; "
+                         "put some below `valid`, or give a larger `valid_pct`")
+    unknown = set(map(parent_label, valid)) - set(classes)
+    if unknown:
+        raise ValueError(f"{path} has validation images of classes that it has no training images of: "
+                         f"{', '.join(sorted(unknown))}")
 
-# %% ../nbs/00_data.ipynb #e077ac49
+# %% ../nbs/00_data.ipynb #42c3a91d
+def _files_and_split(path, valid_pct, seed, skip_unreadable):
+    "The readable images below `path`, and the indices of those that validate, all checked"
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no folder {path}; "
+                                "give a folder that holds one folder of images for each class")
+    folders = _split_folders(path)
+    files = _readable(_image_files(path, folders), skip_unreadable)
+    if folders:
+        train,valid = GrandparentSplitter(*folders)(files)
+    else:
+        train,valid = _split_by_class(path, files, valid_pct, seed)
+    _check_classes(path, [files[i] for i in train], [files[i] for i in valid])
+    return files, list(valid)
+
+# %% ../nbs/00_data.ipynb #279e0770
 def folder_dls(
     path, # Folder of class folders, or of `train` and `valid` with class folders
     bs:int=64, # Images in a batch
@@ -81,22 +132,19 @@ def folder_dls(
     num_workers:int|None=None, # Processes that load images (None: fastai's default)
 ) -> DataLoaders: # Batches of images `(bs,3,size,size)`, normalised by ImageNet's statistics, and labels `(bs,)`
     "Images in class folders, checked, split and ready for a `Learner`"
-    if not 0<valid_pct<1: raise ValueError(f"`valid_pct` is {valid_pct}; it is a share, between 0 and 1")
-    files,split = _image_files(Path(path))
-    files = _readable(files, skip_unreadable)
-    counts = Counter(files.map(parent_label))
-    if split is None and len(counts)>1:
-        if rare := sorted(c for c,n in counts.items() if n<2): raise ValueError(f"{path} has one image only of {', '.join(rare)}; splitting needs at least two of each class")
-        n = min(max(round(valid_pct*len(files)), len(counts)), len(files)-len(counts))
-        split = TrainTestSplitter(test_size=n, random_state=seed, stratify=list(files.map(parent_label)))
-    train,valid = split(files) if split else (range_of(files), [])
-    _check_classes(path, files[list(train)], files[list(valid)] if len(valid) else [])
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label, splitter=IndexSplitter(list(valid)),
-                      item_tfms=Resize(size), batch_tfms=[*aug_transforms(), Normalize.from_stats(*imagenet_stats)])
-    if len(train)<bs: raise ValueError(f"{path} gives {len(train)} images to train on, fewer than a batch of {bs}; pass a smaller `bs`")
-    return block.dataloaders(path, path=Path(path), bs=bs, num_workers=num_workers)
+    if not 0<valid_pct<1:
+        raise ValueError(f"`valid_pct` is {valid_pct}; it is a share, between 0 and 1")
+    path = Path(path)
+    files,valid = _files_and_split(path, valid_pct, seed, skip_unreadable)
+    n_train = len(files) - len(valid)
+    if n_train<bs:
+        raise ValueError(f"{path} gives {n_train} images to train on, fewer than a batch of {bs}; pass a smaller `bs`")
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
+                      splitter=IndexSplitter(valid), item_tfms=Resize(size),
+                      batch_tfms=[*aug_transforms(), Normalize.from_stats(*imagenet_stats)])
+    return block.dataloaders(path, path=path, bs=bs, num_workers=num_workers)
 
-# %% ../nbs/00_data.ipynb #6ac8cbfb
+# %% ../nbs/00_data.ipynb #de43f683
 def crop_flip(
     x:Tensor, # Images `(bs,c,h,w)`, any dtype and device
     pad:int=4, # Black pixels put around each image, before it is cropped back to `(h,w)` (4: EED code, `data.py`)
@@ -104,119 +152,205 @@ def crop_flip(
 ) -> Tensor: # `(bs,c,h,w)`
     "Crop and mirror each image at random, the whole batch in one operation on its device"
     bs,c,h,w = x.shape
-    new = partial(torch.arange, device=x.device)
+    count = partial(torch.arange, device=x.device)
     top,left = torch.randint(2*pad+1, (2,bs,1), device=x.device)
-    cols = torch.where(torch.rand(bs, 1, device=x.device)<flip, new(w).flip(0), new(w)) + left
-    return F.pad(x, (pad,)*4)[new(bs)[:,None,None,None], new(c)[:,None,None], (new(h)+top)[:,None,:,None], cols[:,None,None,:]]
+    mirror = torch.rand(bs, 1, device=x.device) < flip
+    rows = top + count(h)
+    cols = left + torch.where(mirror, count(w).flip(0), count(w))
+    image = count(bs)[:,None,None,None]
+    channel = count(c)[:,None,None]
+    return F.pad(x, (pad,)*4)[image, channel, rows[:,None,:,None], cols[:,None,None,:]]
 
-# %% ../nbs/00_data.ipynb #550ac221
+# %% ../nbs/00_data.ipynb #30cca5ed
 class CropFlip(DisplayedTransform):
     "`crop_flip` on training batches, before the bytes become floats"
-    split_idx,order = 0,IntToFloatTensor.order-1
+    split_idx = 0
+    order = IntToFloatTensor.order-1
     def __init__(self,
         pad:int=4, # Black pixels put around each image
         flip:float=0.5, # Probability of a mirror image
     ): store_attr()
 
-    def encodes(self, x:TensorImage): return crop_flip(x.as_subclass(Tensor), self.pad, self.flip)
+    def encodes(self, x:TensorImage):
+        "Crop and mirror a batch `(bs,c,h,w)`"
+        return crop_flip(x.as_subclass(Tensor), self.pad, self.flip)
 
-# %% ../nbs/00_data.ipynb #9f969a2e
+# %% ../nbs/00_data.ipynb #380e1e6d
 class MemoryDL(TfmdDL):
     "A `TfmdDL` that takes whole batches out of `dataset.tensors`, on its own device, where the data set has them"
     def create_batches(self, samps):
-        if getattr(self.dataset, 'tensors', None) is None: return super().create_batches(samps)
-        x,y = self.dataset.tensors = [o.to(self.device) for o in self.dataset.tensors]
-        idxs = torch.tensor(list(samps), device=self.device).split(self.bs)
-        return ((TensorImage(x[i]), TensorCategory(y[i])) for i in idxs if len(i)==self.bs or not self.drop_last)
+        "Batches of the images and labels whose indices are `samps`"
+        if getattr(self.dataset, 'tensors', None) is None:
+            return super().create_batches(samps)
+        self.dataset.tensors = [o.to(self.device) for o in self.dataset.tensors]
+        batches = torch.tensor(list(samps), device=self.device).split(self.bs)
+        return (self._take(i) for i in batches if len(i)==self.bs or not self.drop_last)
 
-# %% ../nbs/00_data.ipynb #5e1271f0
+    def _take(self, idxs):
+        "The images and labels at `idxs`"
+        images,labels = self.dataset.tensors
+        return TensorImage(images[idxs]), TensorCategory(labels[idxs])
+
+# %% ../nbs/00_data.ipynb #8a4fb76e
 def _check_arrays(name, x, y, n):
-    if x.ndim!=4 or x.shape[-1]!=3 or x.dtype!=np.uint8: raise ValueError(f"The {name} images are {x.dtype} of shape {x.shape}; expected uint8 of shape (n, height, width, 3)")
-    if np.asarray(y).dtype.kind not in 'iu': raise ValueError(f"The {name} labels are {np.asarray(y).dtype}; expected whole numbers, the index of each image's class in `vocab`")
-    if len(x)!=len(y): raise ValueError(f"There are {len(x)} {name} images and {len(y)} labels; each image needs one")
-    if len(y) and not (0<=min(y) and max(y)<n): raise ValueError(f"The {name} labels go from {min(y)} to {max(y)}; with {n} classes they are 0 to {n-1}")
+    "Are these images as bytes and, for each, the index of one of `n` classes?"
+    if x.ndim!=4 or x.shape[-1]!=3 or x.dtype!=np.uint8:
+        raise ValueError(f"The {name} images are {x.dtype} of shape {x.shape}; "
+                         "expected uint8 of shape (n, height, width, 3)")
+    labels = np.asarray(y)
+    if labels.dtype.kind not in 'iu':
+        raise ValueError(f"The {name} labels are {labels.dtype}; "
+                         "expected whole numbers, the index of each image's class in `vocab`")
+    if len(x)!=len(y):
+        raise ValueError(f"There are {len(x)} {name} images and {len(y)} labels; each image needs one")
+    if len(y) and not (0<=min(y) and max(y)<n):
+        raise ValueError(f"The {name} labels go from {min(y)} to {max(y)}; with {n} classes they are 0 to {n-1}")
 
-# %% ../nbs/00_data.ipynb #3502595d
+# %% ../nbs/00_data.ipynb #23610065
+def _array_block(n_train, vocab, tfms):
+    "How (image, name) pairs become items and batches; the first `n_train` of them train"
+    return DataBlock((ImageBlock, CategoryBlock(vocab=list(vocab), sort=False)),
+                     get_x=ItemGetter(0), get_y=ItemGetter(1), dl_type=MemoryDL, batch_tfms=tfms,
+                     splitter=lambda items: (range(n_train), range(n_train, len(items))))
+
+# %% ../nbs/00_data.ipynb #31f5253f
 def array_dls(
     train:tuple, # Images `(n,h,w,3)` uint8 and labels `(n,)` to train on
-    valid:tuple, # The same, to judge
+    valid:tuple, # The same, to validate on
     vocab:list, # Names of the classes; a label is an index into it
     stats:tuple=imagenet_stats, # Mean and standard deviation of each channel, of pixels between 0 and 1
     bs:int=64, # Images in a batch (64: fastai's default)
     pad:int=4, # Black pixels around a training image before it is cropped; None for no augmentation at all
     flip:float=0.5, # Probability of a mirror image
     drop_last:bool=False, # Leave out a last, shorter batch while training?
-    val_bs:int|None=None, # Images in a batch that judges (None: twice `bs`)
+    val_bs:int|None=None, # Images in a validation batch (None: twice `bs`)
     device=None, # Where images and augmentation live (None: fastai's default)
 ) -> DataLoaders: # Batches of images `(bs,3,h,w)`, normalised, and labels `(bs,)`
     "Images in memory: kept as bytes on the device, cropped, mirrored and normalised there, batch by batch"
-    for name,(x,y) in (('training', train), ('validation', valid)): _check_arrays(name, x, y, len(vocab))
-    if len(train[0])<bs and drop_last: raise ValueError(f"There are {len(train[0])} images to train on, fewer than a batch of {bs}; pass a smaller `bs`")
-    items,n = [(x, vocab[y]) for xs,ys in (train, valid) for x,y in zip(xs, ys)],len(train[0])
+    for name,(x,y) in (('training', train), ('validation', valid)):
+        _check_arrays(name, x, y, len(vocab))
+    n = len(train[0])
+    if n<bs and drop_last:
+        raise ValueError(f"There are {n} images to train on, fewer than a batch of {bs}; pass a smaller `bs`")
+    items = [(x, vocab[y]) for xs,ys in (train, valid) for x,y in zip(xs, ys)]
     tfms = [] if pad is None else [CropFlip(pad, flip)]
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=list(vocab), sort=False)), get_x=ItemGetter(0), get_y=ItemGetter(1), dl_type=MemoryDL,
-                      splitter=lambda o: (range(n), range(n, len(o))), batch_tfms=[*tfms, Normalize.from_stats(*stats)])
-    dls = block.dataloaders(items, bs=bs, val_bs=ifnone(val_bs, 2*bs), drop_last=drop_last, num_workers=0, device=ifnone(device, default_device()))
+    block = _array_block(n, vocab, [*tfms, Normalize.from_stats(*stats)])
+    dls = block.dataloaders(items, bs=bs, val_bs=ifnone(val_bs, 2*bs), drop_last=drop_last, num_workers=0,
+                            device=ifnone(device, default_device()))
     for ds,(x,y) in ((dls.train_ds, train), (dls.valid_ds, valid)):
-        ds.tensors = torch.tensor(x).permute(0,3,1,2).contiguous(),torch.tensor(y, dtype=torch.long)
+        ds.tensors = torch.tensor(x).permute(0,3,1,2).contiguous(), torch.tensor(y, dtype=torch.long)
     return dls
 
-# %% ../nbs/00_data.ipynb #aa2481ec
+# %% ../nbs/00_data.ipynb #3ba70b42
+_array_parts = {
+    ('numpy.core.multiarray', '_reconstruct'),
+    ('numpy', 'ndarray'),
+    ('numpy', 'dtype'),
+    ('_codecs', 'encode'),
+}
+
 class _ArraysOnly(pickle.Unpickler):
     "Unpickle arrays, lists, dicts, text and numbers; refuse all else"
     def find_class(self, module, name):
-        if (module.replace('._core', '.core'), name) in {('numpy.core.multiarray','_reconstruct'), ('numpy','ndarray'), ('numpy','dtype'), ('_codecs','encode')}: return super().find_class(module, name)
-        raise ValueError(f"This pickle asks for {module}.{name}; CIFAR-100's holds arrays and lists alone, so it is not opened. Take the files from their author's page")
+        "The part of an array that a pickle asks for"
+        if (module.replace('._core', '.core'), name) in _array_parts:
+            return super().find_class(module, name)
+        raise ValueError(f"This pickle asks for {module}.{name}; CIFAR-100's holds arrays and lists alone, "
+                         "so it is not opened. Take the files from their author's page")
 
-def _unpickle(f):
-    with open(f, 'rb') as o: return {(k.decode() if isinstance(k, bytes) else k): v for k,v in _ArraysOnly(o, encoding='bytes').load().items()}
+# %% ../nbs/00_data.ipynb #03a5f315
+def _as_text(o):
+    "Bytes as text, and text as it is"
+    return o.decode() if isinstance(o, bytes) else o
 
-# %% ../nbs/00_data.ipynb #bd8051cf
+def _unpickle(file):
+    "The dict in a pickle, with text for keys"
+    with open(file, 'rb') as f:
+        found = _ArraysOnly(f, encoding='bytes').load()
+    return {_as_text(k): v for k,v in found.items()}
+
+# %% ../nbs/00_data.ipynb #0608a5cb
+def _pickled_part(file):
+    "Images `(n,32,32,3)` and labels `(n,)`; the pickle holds a row of 3·32·32 bytes for each image"
+    part = _unpickle(file)
+    rows = np.asarray(part['data'], dtype=np.uint8)
+    return rows.reshape(-1,3,32,32).transpose(0,2,3,1), np.array(part['fine_labels'])
+
 def _cifar100_pickles(path):
-    *parts,meta = [_unpickle(path/o) for o in ('train','test','meta')]
-    return *[(np.asarray(o['data'], dtype=np.uint8).reshape(-1,3,32,32).transpose(0,2,3,1), np.array(o['fine_labels'])) for o in parts],[o.decode() if isinstance(o, bytes) else o for o in meta['fine_label_names']]
+    "Training part, test part and names, from the original pickles"
+    vocab = [_as_text(o) for o in _unpickle(path/'meta')['fine_label_names']]
+    return _pickled_part(path/'train'), _pickled_part(path/'test'), vocab
 
-# %% ../nbs/00_data.ipynb #86fb0616
+# %% ../nbs/00_data.ipynb #3734e936
+def _read_image(file):
+    "An image file as an array `(h,w,3)`"
+    return np.asarray(PILImage.create(file))
+
+def _folder_part(path, vocab):
+    "Images `(n,32,32,3)` and labels `(n,)`; an image's folder is its class"
+    files = get_image_files(path).sorted()
+    images = parallel(_read_image, files, threadpool=True, n_workers=defaults.cpus, progress=False)
+    return np.stack(images), np.array([vocab.index(parent_label(f)) for f in files])
+
 def _cifar100_folders(path):
-    files = [get_image_files(path/o).sorted() for o in ('train','test')]
-    vocab,read = sorted({parent_label(f) for f in files[0]}),compose(PILImage.create, np.asarray)
-    return *[(np.stack(parallel(read, fs, threadpool=True, n_workers=defaults.cpus, progress=False)), np.array([vocab.index(parent_label(f)) for f in fs])) for fs in files],vocab
+    "Training part, test part and names, from fastai's folders"
+    vocab = sorted({parent_label(f) for f in get_image_files(path/'train')})
+    return _folder_part(path/'train', vocab), _folder_part(path/'test', vocab), vocab
 
-# %% ../nbs/00_data.ipynb #588b40f9
+# %% ../nbs/00_data.ipynb #68c1649f
 def _cifar100_places(path):
-    "Folders in which CIFAR-100 may lie, and whether each holds its pickles"
-    return [(o, all((o/n).is_file() for n in ('train','test','meta'))) for o in (path, path/'cifar-100-python', path/'cifar100')]
+    "Folders in which CIFAR-100 may lie"
+    return path, path/'cifar-100-python', path/'cifar100'
 
+def _has_pickles(path):
+    "Are the original pickles here?"
+    return all((path/o).is_file() for o in ('train','test','meta'))
+
+def _has_folders(path):
+    "Are there folders `train` and `test` here?"
+    return all((path/o).is_dir() for o in ('train','test'))
+
+# %% ../nbs/00_data.ipynb #f2d8e702
 def is_cifar100(
     path, # A folder
 ) -> bool: # Does it hold CIFAR-100's pickles, or is it called so and holds `train` and `test`?
     "Is this folder CIFAR-100, in a form that `read_cifar100` reads?"
-    return any(pickles or (re.search('cifar.?100', o.name) and all((o/n).is_dir() for n in ('train','test'))) for o,pickles in _cifar100_places(Path(path)))
+    places = _cifar100_places(Path(path))
+    named = [o for o in places if re.search('cifar.?100', o.name)]
+    return any(map(_has_pickles, places)) or any(map(_has_folders, named))
 
-# %% ../nbs/00_data.ipynb #c7b0ce13
+# %% ../nbs/00_data.ipynb #a5437a63
 def read_cifar100(
-    path=None, # Folder with the original pickles, or with fastai's `train` and `test` (None: download fastai's copy, 169 MB)
-) -> tuple: # (images `(50000,32,32,3)` uint8, labels `(50000,)`) to train, the same of the 10,000 to test, and the 100 names
+    path=None, # Folder of the original pickles, or fastai's with `train` and `test` (None: download fastai's, 169 MB)
+) -> tuple: # (images `(50000,32,32,3)` uint8, labels `(50000,)`), the same of the 10,000 to test, and the 100 names
     "CIFAR-100 as arrays"
     path = Path(path) if path is not None else untar_data(URLs.CIFAR_100)
-    for o,pickles in _cifar100_places(path):
-        if pickles: return _cifar100_pickles(o)
-        if all((o/n).is_dir() and get_image_files(o/n) for n in ('train','test')): return _cifar100_folders(o)
-    raise FileNotFoundError(f"{path} holds no CIFAR-100; expected the files `train`, `test` and `meta` of cifar-100-python, or folders `train` and `test` with an image folder for each class")
+    for place in _cifar100_places(path):
+        if _has_pickles(place):
+            return _cifar100_pickles(place)
+        if _has_folders(place) and all(get_image_files(place/o) for o in ('train','test')):
+            return _cifar100_folders(place)
+    raise FileNotFoundError(f"{path} holds no CIFAR-100; expected the files `train`, `test` and `meta` "
+                            "of cifar-100-python, or folders `train` and `test` with an image folder for each class")
 
-# %% ../nbs/00_data.ipynb #49eb0d3d
-cifar100_stats = (0.5071,0.4865,0.4409),(0.2673,0.2564,0.2762)   # of the 50,000 training images
+# %% ../nbs/00_data.ipynb #ee0c58f9
+_cifar100_mean = 0.5071,0.4865,0.4409   # of the 50,000 training images
+_cifar100_std = 0.2673,0.2564,0.2762
+cifar100_stats = _cifar100_mean,_cifar100_std
 
-# %% ../nbs/00_data.ipynb #4318f31b
+# %% ../nbs/00_data.ipynb #8f16fb6c
 def cifar100_dls(
     path=None, # As in `read_cifar100`; None downloads
     bs:int=128, # Images in a batch (128: EED code, `train.py`)
-    valid_pct:float|None=None, # Share of the training images of each class that judges (None: the test images judge, as in the published tables)
+    valid_pct:float|None=None, # Share of each class's training images that validates (None: the test images do)
     seed:int=0, # Seed of that split
     device=None, # Where the images live (None: fastai's default)
-) -> DataLoaders: # Batches of images `(bs,3,32,32)`, normalised, and labels `(bs,)`; random crops and mirrors while training
+) -> DataLoaders: # Batches of images `(bs,3,32,32)`, normalised, and labels `(bs,)`; random crops in training
     "CIFAR-100 in memory, on the device"
     train,test,vocab = read_cifar100(path)
-    if valid_pct is not None:
-        train,test = [(train[0][i], train[1][i]) for i in train_test_split(range_of(train[0]), test_size=valid_pct, stratify=train[1], random_state=seed)]
-    return array_dls(train, test, vocab, cifar100_stats, bs=bs, device=device)
+    if valid_pct is None:
+        return array_dls(train, test, vocab, cifar100_stats, bs=bs, device=device)
+    images,labels = train
+    idxs = train_test_split(range_of(images), test_size=valid_pct, stratify=labels, random_state=seed)
+    train,valid = [(images[i], labels[i]) for i in idxs]
+    return array_dls(train, valid, vocab, cifar100_stats, bs=bs, device=device)

@@ -5,33 +5,45 @@
 # %% auto #0
 __all__ = ['exit_ce', 'logit_mse', 'logit_kl', 'feat_mse', 'feat_sse', 'AnnealedKL', 'from_all']
 
-# %% ../nbs/09_losses.ipynb #27009baa
+# %% ../nbs/09_losses.ipynb #9c6704b2
 from functools import partial
+from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/09_losses.ipynb #ed5785b7
-def _check_target(z, t):
-    bs,k,d = z.shape
-    if tuple(t.shape) not in ((bs,1,d), (bs,k,d)):
-        raise ValueError(f"The teacher gives a target of shape {tuple(t.shape)} for outputs of shape {tuple(z.shape)}; "
-                         f"expected {(bs,1,d)} (one for all exits) or {(bs,k,d)} (one for each)")
-
-# %% ../nbs/09_losses.ipynb #3f33148d
-def _sum_exits(per_exit, w):
-    "The sum of `per_exit (n_exits,)`, weighted by the numbers `w`"
-    if w is None: return per_exit.sum()
-    if len(w)!=len(per_exit): raise ValueError(f"There are {len(w)} weights for {len(per_exit)} exits; give one for each, the main network's last")
-    return sum((a*o for a,o in zip(w, per_exit) if a), per_exit.new_zeros(()))   # numbers, not a tensor, which a GPU would have to wait for
-
-# %% ../nbs/09_losses.ipynb #5fea3aff
+# %% ../nbs/09_losses.ipynb #cf6fef26
 def exit_ce(
     z:Tensor, # Logits `(bs,n_exits,n_out)`
     y:Tensor, # Classes `(bs,)`, integers
 ) -> Tensor: # One number
     "Cross-entropy summed over exits (EED eq. 2)"
-    return F.cross_entropy(z.flatten(0, 1), y.repeat_interleave(z.shape[1])) * z.shape[1]
+    n_exits = z.shape[1]
+    return F.cross_entropy(z.flatten(0, 1), y.repeat_interleave(n_exits)) * n_exits
+
+# %% ../nbs/09_losses.ipynb #5d41401c
+def _check_target(z, t):
+    "Raise unless the target `t` is one for all exits, or one for each"
+    bs,k,d = z.shape
+    if tuple(t.shape) in ((bs,1,d), (bs,k,d)):
+        return
+    raise ValueError(
+        f"The teacher gives a target of shape {tuple(t.shape)} for outputs of shape {tuple(z.shape)}; "
+        f"expected {(bs,1,d)} (one for all exits) or {(bs,k,d)} (one for each)")
+
+# %% ../nbs/09_losses.ipynb #d0ee5793
+def _sum_exits(per_exit, w):
+    "The sum of `per_exit (n_exits,)`, weighted by the numbers `w`"
+    if w is None:
+        return per_exit.sum()
+    if len(w)!=len(per_exit):
+        raise ValueError(
+            f"There are {len(w)} weights for {len(per_exit)} exits; give one for each, the main network's last")
+    total = per_exit.new_zeros(())
+    for weight,loss in zip(w, per_exit):
+        if weight:
+            total = total + weight*loss
+    return total
 
 # %% ../nbs/09_losses.ipynb #4daebc74
 def logit_mse(
@@ -43,23 +55,24 @@ def logit_mse(
     _check_target(z, t)
     return _sum_exits((z-t).square().mean((0,2)), w)
 
-# %% ../nbs/09_losses.ipynb #78ea09ea
-def _kl(z, t, T):
-    "Of each exit `(n_exits,)`"
-    log_q,log_p = (z/T).log_softmax(-1),(t/T).log_softmax(-1)
+# %% ../nbs/09_losses.ipynb #aa1a7e66
+def _kl_per_exit(z, t, T):
+    "KL divergence from the target at temperature `T`, mean over the batch, `(n_exits,)`"
+    log_q = (z/T).log_softmax(-1)
+    log_p = (t/T).log_softmax(-1)
     return (log_p.exp()*(log_p-log_q)).sum((0,2))/len(z)
 
-# %% ../nbs/09_losses.ipynb #2ba6d7c2
 def logit_kl(
     z:Tensor, # Logits `(bs,n_exits,n_out)`
     t:Tensor, # Targets, as logits: `(bs,1,n_out)` or `(bs,n_exits,n_out)`
     T:float=3., # Temperature (3: EED code, `train.py`)
     w:list|None=None, # Weight of each exit (None: 1)
 ) -> Tensor: # One number
-    "KL divergence from the teacher at temperature `T`, mean over the batch, summed over exits (KL form of EED eqs. 3-8)"
-    if not 0<T<float('inf'): raise ValueError(f"The temperature is T={T}; it must be positive and finite, such as 3")
+    "KL divergence from the teacher at temperature `T`, batch mean summed over exits (KL form of EED eqs. 3-8)"
+    if not 0<T<float('inf'):
+        raise ValueError(f"The temperature is T={T}; it must be positive and finite, such as 3")
     _check_target(z, t)
-    return _sum_exits(_kl(z, t, T), w)
+    return _sum_exits(_kl_per_exit(z, t, T), w)
 
 # %% ../nbs/09_losses.ipynb #130be34b
 def feat_mse(
@@ -79,7 +92,7 @@ def feat_sse(
     "Squared difference of features, summed over batch, features and exits (BYOT code)"
     return feat_mse(f, u, w) * (f.shape[0]*f.shape[2])
 
-# %% ../nbs/09_losses.ipynb #5ed7deab
+# %% ../nbs/09_losses.ipynb #d512243e
 class AnnealedKL(nn.Module):
     "KL divergence times T², with a temperature that rises while the teacher is sure (Phuong & Lampert code, `main.py`)"
     def __init__(self,
@@ -88,15 +101,25 @@ class AnnealedKL(nn.Module):
         max_prob:float=0.5, # Mean highest probability of the teacher above which it rises (0.5: Phuong & Lampert code)
     ):
         super().__init__()
-        self.rate,self.max_prob = rate,max_prob
+        self.rate = rate
+        self.max_prob = max_prob
         self.register_buffer('rises', torch.zeros((), dtype=torch.long))
 
-    def temperature(self, dtype=torch.float32): return torch.pow(self.rate, self.rises.to(dtype))
+    def temperature(self,
+        dtype:torch.dtype=torch.float32, # What to compute it in (float32: the callback's)
+    ) -> Tensor: # One number: `rate` to the power of `rises`
+        "The temperature now"
+        return torch.pow(self.rate, self.rises.to(dtype))
 
-    def forward(self, z, t, w=None):
+    def forward(self,
+        z:Tensor, # Logits `(bs,n_exits,n_out)`
+        t:Tensor, # Targets, as logits: `(bs,1,n_out)` or `(bs,n_exits,n_out)`
+        w:list|None=None, # Weight of each exit (None: 1)
+    ) -> Tensor: # One number
+        "KL divergence from the teacher at the present temperature, times its square"
         _check_target(z, t)
         T = self.temperature(z.dtype)
-        return T**2 * _sum_exits(_kl(z, t, T), w)
+        return T**2 * _sum_exits(_kl_per_exit(z, t, T), w)
 
     @torch.no_grad()
     def update(self,
@@ -106,19 +129,25 @@ class AnnealedKL(nn.Module):
         sure = (t/self.temperature(t.dtype)).softmax(-1).amax(-1).mean()
         self.rises += sure>self.max_prob
 
-# %% ../nbs/09_losses.ipynb #5bbfe829
+# %% ../nbs/09_losses.ipynb #bee707e9
 def _from_all(z, t, w=None, loss=logit_kl, primary=0.6):
-    k = t.shape[1]
-    if k==1: return loss(z, t, w=w)
-    other = (1-primary)/(k-1)
-    return (primary-other)*loss(z, t, w=w) + other*sum(loss(z, o, w=w) for o in t.split(1, dim=1))
+    "`loss` of each exit and each teacher, an exit's own with the weight `primary`"
+    n_teachers = t.shape[1]
+    if n_teachers==1:
+        return loss(z, t, w=w)
+    other = (1-primary)/(n_teachers-1)
+    everyone = sum(loss(z, one, w=w) for one in t.split(1, dim=1))
+    return (primary-other)*loss(z, t, w=w) + other*everyone
 
-# %% ../nbs/09_losses.ipynb #36998b85
 def from_all(
-    loss:callable, # `logit_kl` or another that takes `(z, t, w=…)`
-    primary:float=0.6, # Weight of an exit's own teacher, more than an equal share (MATE's abstract: 'mostly'; the number is ours)
-) -> callable: # The same of all pairs of an exit and a teacher
+    loss:Callable, # `logit_kl` or another that takes `(z, t, w=…)`
+    primary:float=0.6, # Weight of an exit's own teacher (MATE's abstract: 'mostly'; the number is ours)
+) -> Callable: # The same of all pairs of an exit and a teacher
     "Each exit learns from every teacher, mostly from its primary one (MATE-style)"
-    if isinstance(getattr(loss, 'func', loss), (type, nn.Module)): raise TypeError(f"from_all got {loss!r}; it takes a function of (z, t, w), since a loss with a memory must stand alone to be installed in the network")
-    if not 0<=primary<=1: raise ValueError(f"from_all got primary={primary}; it is a share, 0 to 1")
+    if isinstance(getattr(loss, 'func', loss), (type, nn.Module)):
+        raise TypeError(
+            f"from_all got {loss!r}; it takes a function of (z, t, w), "
+            "since a loss with a memory must stand alone to be installed in the network")
+    if not 0<=primary<=1:
+        raise ValueError(f"from_all got primary={primary}; it is a share, 0 to 1")
     return partial(_from_all, loss=loss, primary=primary)

@@ -10,11 +10,16 @@ __all__ = ['BasicBlock', 'init_fan_out', 'cifar_resnet18', 'BottleneckBlock', 'c
 # %% ../nbs/01_models.ipynb #2a735b03
 from fastai.vision.all import *
 
-# %% ../nbs/01_models.ipynb #9da1c831
+# %% ../nbs/01_models.ipynb #de77fc66
 def _conv_bn(ni, nf, ks=3, stride=1):
+    "A convolution that keeps the size of the map, up to `stride`, and batch norm"
     return nn.Sequential(nn.Conv2d(ni, nf, ks, stride, ks//2, bias=False), nn.BatchNorm2d(nf))
 
-# %% ../nbs/01_models.ipynb #0ecd468f
+def _shortcut(ni, nf, stride):
+    "Carries a block's input to the shape of its output; where that is the same, the input itself"
+    return nn.Identity() if stride==1 and ni==nf else _conv_bn(ni, nf, 1, stride)
+
+# %% ../nbs/01_models.ipynb #33193e77
 class BasicBlock(Module):
     "Two 3×3 convolutions with batch norm, `(bs,ni,h,w)` to `(bs,nf,h/stride,w/stride)`, added to their input"
     def __init__(self,
@@ -23,37 +28,51 @@ class BasicBlock(Module):
         stride:int=1, # Stride of the first convolution
     ):
         self.convs = nn.Sequential(_conv_bn(ni, nf, stride=stride), nn.ReLU(), _conv_bn(nf, nf))
-        self.shortcut = nn.Identity() if stride==1 and ni==nf else _conv_bn(ni, nf, 1, stride)
+        self.shortcut = _shortcut(ni, nf, stride)
         self.act = nn.ReLU()
 
-    def forward(self, x): return self.act(self.convs(x) + self.shortcut(x))
+    def forward(self, x):
+        "The convolutions of `x` and `x` itself, added"
+        return self.act(self.convs(x) + self.shortcut(x))
 
-# %% ../nbs/01_models.ipynb #f0d6385a
+# %% ../nbs/01_models.ipynb #671b2bb7
 def init_fan_out(
     m:nn.Module, # Network whose convolutions are drawn anew, in place
 ) -> nn.Module: # The same network
     "Draw every convolution from N(0, √(2/(k²·C_out))) (EED code, `resnet.py`)"
     for o in m.modules():
-        if isinstance(o, nn.Conv2d): nn.init.kaiming_normal_(o.weight, mode='fan_out', nonlinearity='relu')
+        if isinstance(o, nn.Conv2d):
+            nn.init.kaiming_normal_(o.weight, mode='fan_out', nonlinearity='relu')
     return m
 
-# %% ../nbs/01_models.ipynb #7f369083
+# %% ../nbs/01_models.ipynb #5f93466c
 def _network(stem, stages, nf, n_out, plan=None, last=()):
-    "A chain of named parts, drawn by `init_fan_out`; `plan` says for each stage but the last what is special about its exit"
-    net = nn.Sequential(OrderedDict(stem=stem, **{f'layer{i}': s for i,s in enumerate(stages)}, **dict(last),
-                                    pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(nf, n_out)))
-    if plan is not None: net.exit_plan = {f'layer{i}': o for i,o in enumerate(plan)}
+    "A chain of named parts, drawn by `init_fan_out`; `plan` describes the exit behind each stage but the last"
+    parts = OrderedDict(stem=stem)
+    parts |= {f'layer{i}': o for i,o in enumerate(stages)}
+    parts |= last
+    parts |= dict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(nf, n_out))
+    net = nn.Sequential(parts)
+    if plan is not None:
+        net.exit_plan = {f'layer{i}': o for i,o in enumerate(plan)}
     return init_fan_out(net)
 
-# %% ../nbs/01_models.ipynb #8f35726d
-def _stage(block, n, ni, nf, stride): return nn.Sequential(block(ni, nf, stride=stride), *[block(nf, nf) for _ in range(n-1)])
+# %% ../nbs/01_models.ipynb #95514c40
+def _stage(block, n, ni, nf, stride):
+    "A chain of `n` blocks, the first of which changes channels and size"
+    return nn.Sequential(block(ni, nf, stride=stride), *[block(nf, nf) for _ in range(n-1)])
 
 def _stages(block, depths, widths, ni):
-    "A stage of `n` blocks for each depth and width; all but the first halve the map"
-    return [_stage(block, n, i, o, stride=2 if k else 1) for k,(n,i,o) in enumerate(zip(depths, (ni, *widths), widths))]
+    "A stage for each depth and width; all but the first halve the map"
+    strides = [1] + [2]*(len(depths)-1)
+    shapes = zip(depths, (ni, *widths), widths, strides)
+    return [_stage(block, n, i, o, stride) for n,i,o,stride in shapes]
 
-# %% ../nbs/01_models.ipynb #5ffe8013
-def _stem(n_in, nf, relu): return _conv_bn(n_in, nf).append(nn.ReLU()) if relu else _conv_bn(n_in, nf)
+# %% ../nbs/01_models.ipynb #b311244c
+def _stem(n_in, nf, relu):
+    "A 3×3 convolution with batch norm, and a ReLU if asked for"
+    stem = _conv_bn(n_in, nf)
+    return stem.append(nn.ReLU()) if relu else stem
 
 # %% ../nbs/01_models.ipynb #08ce86b0
 def cifar_resnet18(
@@ -66,7 +85,7 @@ def cifar_resnet18(
     ws = [width*2**i for i in range(4)]
     return _network(_stem(n_in, width, stem_relu), _stages(BasicBlock, (2,2,2,2), ws, width), ws[-1], n_out)
 
-# %% ../nbs/01_models.ipynb #53763949
+# %% ../nbs/01_models.ipynb #baa1f5f1
 class BottleneckBlock(Module):
     "1×1, 3×3 and 1×1 convolutions with batch norm, `(bs,ni,h,w)` to `(bs,nf,h/stride,w/stride)`, added to their input"
     def __init__(self,
@@ -79,12 +98,14 @@ class BottleneckBlock(Module):
         mid = nf//squeeze
         middle = nn.Sequential(nn.Conv2d(mid, mid, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(mid))
         self.convs = nn.Sequential(_conv_bn(ni, mid, 1), nn.ReLU(), middle, nn.ReLU(), _conv_bn(mid, nf, 1))
-        self.shortcut = nn.Identity() if stride==1 and ni==nf else _conv_bn(ni, nf, 1, stride)
+        self.shortcut = _shortcut(ni, nf, stride)
         self.act = nn.ReLU()
 
-    def forward(self, x): return self.act(self.convs(x) + self.shortcut(x))
+    def forward(self, x):
+        "The convolutions of `x` and `x` itself, added"
+        return self.act(self.convs(x) + self.shortcut(x))
 
-# %% ../nbs/01_models.ipynb #6f527da9
+# %% ../nbs/01_models.ipynb #af9d45f0
 def _deep_resnet(
     depths, # Blocks of each stage
     n_out:int=100, # Classes (100: CIFAR-100)
@@ -92,15 +113,16 @@ def _deep_resnet(
     width:int=64, # Channels of the stem, and inside the first stage's blocks (64: the paper)
     stem_relu:bool=False, # ReLU after the stem? (False: as ResNet-18 in the EED code)
 ) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
+    "A ResNet of bottleneck blocks, with exits of the inner widths"
     inner = [width*2**i for i in range(4)]
     ws = [4*o for o in inner]
     plan = [dict(widths=(*inner[i+1:3], ws[-1])) for i in range(3)]
     return _network(_stem(n_in, width, stem_relu), _stages(BottleneckBlock, depths, ws, width), ws[-1], n_out, plan)
 
-# %% ../nbs/01_models.ipynb #82ce334e
+# %% ../nbs/01_models.ipynb #cb474b8b
 @delegates(_deep_resnet)
 def cifar_resnet50(**kwargs) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
-    "ResNet-50 for 32×32 images, with exits of 128-256-2048, 256-2048 and 2048 channels, deduced from the paper's Table III"
+    "ResNet-50 for 32×32 images; exits of 128-256-2048, 256-2048 and 2048 channels, deduced from the paper's Table III"
     return _deep_resnet((3,4,6,3), **kwargs)
 
 # %% ../nbs/01_models.ipynb #960e3b58
@@ -109,41 +131,47 @@ def cifar_resnet101(**kwargs) -> nn.Sequential: # Images `(bs,n_in,32,32)` to lo
     "ResNet-101 for 32×32 images, with `cifar_resnet50`'s exits, which fit the paper's Table III"
     return _deep_resnet((3,4,23,3), **kwargs)
 
-# %% ../nbs/01_models.ipynb #9a6e90ea
+# %% ../nbs/01_models.ipynb #421d8bbc
 @delegates(_deep_resnet)
 def cifar_resnet152(**kwargs) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
-    "ResNet-152 for 32×32 images. The paper gives no FLOPs for it: its exits follow `cifar_resnet50`'s and are not published"
+    "ResNet-152 for 32×32 images; its exits follow `cifar_resnet50`'s and are not published (the paper gives no FLOPs)"
     return _deep_resnet((3,8,36,3), **kwargs)
 
-# %% ../nbs/01_models.ipynb #8f513dbe
-def _conv_relu(ni, nf): return nn.Sequential(nn.Conv2d(ni, nf, 3, padding=1), nn.BatchNorm2d(nf), nn.ReLU())
+# %% ../nbs/01_models.ipynb #22f09bb8
+def _conv_relu(ni, nf):
+    "A 3×3 convolution with bias, batch norm and ReLU"
+    return nn.Sequential(nn.Conv2d(ni, nf, 3, padding=1), nn.BatchNorm2d(nf), nn.ReLU())
 
-def _vgg_stage(*nfs): return nn.Sequential(*[_conv_relu(i, o) for i,o in zip(nfs, nfs[1:])], nn.MaxPool2d(2))
+def _vgg_stage(*nfs):
+    "Convolutions from each of these numbers of channels to the next, and a pooling"
+    return nn.Sequential(*[_conv_relu(i, o) for i,o in zip(nfs, nfs[1:])], nn.MaxPool2d(2))
 
-# %% ../nbs/01_models.ipynb #6d375c80
+# %% ../nbs/01_models.ipynb #bf39b388
 def cifar_vgg19(
     n_out:int=100, # Classes (100: CIFAR-100)
     n_in:int=3, # Channels of the image
     width:int=64, # Channels of the first stage; later ones have 2, 4 and 8 times as many (64: VGG)
 ) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
-    "VGG19 with batch norm for 32×32 images, with exits of 128-256-512, 256-512 and 512 channels, deduced from the paper's Table III"
+    "VGG19, batch norm, for 32×32 images; exits of 128-256-512, 256-512 and 512 channels, deduced from Table III"
     a,b,c,d = [width*2**i for i in range(4)]
-    stages = [_vgg_stage(a,a), _vgg_stage(a,b,b), _vgg_stage(b,c,c,c,c), nn.Sequential(_vgg_stage(c,d,d,d,d), _vgg_stage(d,d,d,d,d))]
+    *stages,last,end = [_vgg_stage(*o) for o in ((a,a), (a,b,b), (b,c,c,c,c), (c,d,d,d,d), (d,d,d,d,d))]
+    stages.append(nn.Sequential(last, end))            # no exit behind the fourth pooling
     plan = [dict(widths=(b,c,d), strides=(2,2,1)), dict(widths=(c,d), strides=(2,1)), dict(widths=(d,), strides=(1,))]
     return _network(_conv_relu(n_in, a), stages, d, n_out, plan)
 
-# %% ../nbs/01_models.ipynb #822640d1
+# %% ../nbs/01_models.ipynb #5e54e4b6
 def cifar_resnext29(
     n_out:int=100, # Classes (100: CIFAR-100)
     n_in:int=3, # Channels of the image
     width:int=64, # Channels of the stem; stages end in 4, 8 and 16 times as many (64: Xie et al. 2017)
     groups:int=4, # Groups of the 3×3 convolutions (4: read from the paper's 'ResNeXt29-4')
 ) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
-    "ResNeXt29, 4×64d, for 32×32 images. The paper gives no FLOPs for it: its exits follow the rule and are not published"
+    "ResNeXt29, 4×64d, for 32×32 images; its exits follow the rule and are not published (the paper gives no FLOPs)"
     ws = [width*4*2**i for i in range(3)]
-    return _network(_stem(n_in, width, True), _stages(partial(BottleneckBlock, squeeze=1, groups=groups), (3,3,3), ws, width), ws[-1], n_out)
+    block = partial(BottleneckBlock, squeeze=1, groups=groups)
+    return _network(_stem(n_in, width, True), _stages(block, (3,3,3), ws, width), ws[-1], n_out)
 
-# %% ../nbs/01_models.ipynb #bcbc036d
+# %% ../nbs/01_models.ipynb #efc20b0a
 class PreActBlock(Module):
     "Batch norm, ReLU and a 3×3 convolution, twice, `(bs,ni,h,w)` to `(bs,nf,h/stride,w/stride)`, added to their input"
     def __init__(self,
@@ -152,31 +180,37 @@ class PreActBlock(Module):
         stride:int=1, # Stride of the first convolution
     ):
         self.pre = nn.Sequential(nn.BatchNorm2d(ni), nn.ReLU())
-        self.convs = nn.Sequential(*_conv_bn(ni, nf, stride=stride), nn.ReLU(), nn.Conv2d(nf, nf, 3, padding=1, bias=False))
+        last = nn.Conv2d(nf, nf, 3, padding=1, bias=False)
+        self.convs = nn.Sequential(*_conv_bn(ni, nf, stride=stride), nn.ReLU(), last)
         self.shortcut = None if stride==1 and ni==nf else nn.Conv2d(ni, nf, 1, stride, bias=False)
 
     def forward(self, x):
+        "The convolutions of `x`, and `x` itself or, where the shape changes, its shortcut, added"
         z = self.pre(x)
         return self.convs(z) + (x if self.shortcut is None else self.shortcut(z))
 
-# %% ../nbs/01_models.ipynb #69bd0c3f
-def _norm_act(nf): return dict(norm=nn.BatchNorm2d(nf), act=nn.ReLU())
+# %% ../nbs/01_models.ipynb #d70d1f2c
 _pre_act = [dict(pre_act=True), dict(pre_act=True)]
 
-# %% ../nbs/01_models.ipynb #3f26bf28
+def _norm_act(nf):
+    "Batch norm and ReLU behind the last sum, as named parts"
+    return dict(norm=nn.BatchNorm2d(nf), act=nn.ReLU())
+
+# %% ../nbs/01_models.ipynb #7568a854
 def cifar_wrn28_10(
     n_out:int=100, # Classes (100: CIFAR-100)
     n_in:int=3, # Channels of the image
-    width:int=160, # Channels of the first stage; the others have 2 and 4 times as many (160: Zagoruyko & Komodakis 2016, 10 times 16)
+    width:int=160, # Channels of the first stage; then 2 and 4 times as many (160: 10·16, Zagoruyko & Komodakis 2016)
 ) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
-    "WRN-28-10, without dropout, for 32×32 images. The EED paper gives no FLOPs for it: its exits follow the rule and are not published"
-    ws,ni = [width, 2*width, 4*width],16
-    stem = nn.Conv2d(n_in, ni, 3, padding=1, bias=False)
-    return _network(stem, _stages(PreActBlock, (4,4,4), ws, ni), ws[-1], n_out, _pre_act, _norm_act(ws[-1]))
+    "WRN-28-10, no dropout, for 32×32 images; its exits follow the rule and are not published (the paper has no FLOPs)"
+    ws = [width, 2*width, 4*width]
+    stem = nn.Conv2d(n_in, 16, 3, padding=1, bias=False)
+    stages = _stages(PreActBlock, (4,4,4), ws, 16)
+    return _network(stem, stages, ws[-1], n_out, _pre_act, _norm_act(ws[-1]))
 
-# %% ../nbs/01_models.ipynb #5ce01566
+# %% ../nbs/01_models.ipynb #057f60fd
 class PyramidBlock(Module):
-    "Two 3×3 convolutions among three batch norms, `(bs,ni,h,w)` to `(bs,nf,h/stride,w/stride)`, added to their input with empty channels behind it"
+    "Two 3×3 convolutions, three batch norms, `(bs,ni,h,w)` to `(bs,nf,h/stride,w/stride)`, added to the padded input"
     def __init__(self,
         ni:int, # Channels that come in
         nf:int, # Channels that go out, at least `ni`
@@ -186,16 +220,20 @@ class PyramidBlock(Module):
         self.convs = nn.Sequential(nn.BatchNorm2d(ni), *_conv_bn(ni, nf, stride=stride), nn.ReLU(), *_conv_bn(nf, nf))
         self.shortcut = nn.Identity() if stride==1 else nn.AvgPool2d(stride, ceil_mode=True)
 
-    def forward(self, x): return self.convs(x) + F.pad(self.shortcut(x), (0,0, 0,0, 0,self.more))
+    def forward(self, x):
+        "The convolutions of `x`, and `x` with empty channels behind it, added"
+        return self.convs(x) + F.pad(self.shortcut(x), (0,0, 0,0, 0,self.more))
 
-# %% ../nbs/01_models.ipynb #eba0af9d
+# %% ../nbs/01_models.ipynb #af863ac9
 def cifar_pyramidnet110(
     n_out:int=100, # Classes (100: CIFAR-100)
     n_in:int=3, # Channels of the image
     width:int=16, # Channels of the stem (16: Han et al. 2017)
     alpha:int=270, # Channels that the network gains on its way, for a stem of 16 (270: the EED paper)
 ) -> nn.Sequential: # Images `(bs,n_in,32,32)` to logits `(bs,n_out)`
-    "PyramidNet-110 with basic blocks for 32×32 images. The EED paper gives no FLOPs for it: its exits follow the rule and are not published"
+    "PyramidNet-110 for 32×32 images; its exits follow the rule and are not published (the paper gives no FLOPs)"
     ws = [width + round(i*alpha*width/16/54) for i in range(55)]
-    blocks = [PyramidBlock(i, o, stride=2 if k in (18,36) else 1) for k,(i,o) in enumerate(zip(ws, ws[1:]))]
-    return _network(_conv_bn(n_in, width), [nn.Sequential(*blocks[i:i+18]) for i in (0,18,36)], ws[-1], n_out, _pre_act, _norm_act(ws[-1]))
+    strides = [2 if i in (18,36) else 1 for i in range(54)]
+    blocks = [PyramidBlock(*o) for o in zip(ws, ws[1:], strides)]
+    stages = [nn.Sequential(*blocks[i:i+18]) for i in (0,18,36)]
+    return _network(_conv_bn(n_in, width), stages, ws[-1], n_out, _pre_act, _norm_act(ws[-1]))

@@ -27,66 +27,96 @@ def mean_probs(
     "The logarithm of the mean probability (Phuong & Lampert)"
     return z.log_softmax(-1).logsumexp(1) - math.log(z.shape[1])
 
-# %% ../nbs/16_predictions.ipynb #5a39dd97
+# %% ../nbs/16_predictions.ipynb #dcd337b5
 def prefix_ensembles(
     z:Tensor, # Logits `(n,n_exits,n_out)`
     how:Callable=mean_logits, # `(n,i,n_out)` to `(n,n_out)`
 ) -> Tensor: # `(n,n_exits,n_out)`
     "For each exit the ensemble of the exits up to it"
-    return torch.stack([how(z[:,:i+1]) for i in range(z.shape[1])], 1)
+    n_exits = z.shape[1]
+    return torch.stack([how(z[:,:i+1]) for i in range(n_exits)], 1)
 
-# %% ../nbs/16_predictions.ipynb #eb2142ce
+# %% ../nbs/16_predictions.ipynb #6d81b14b
 class EnsemblePreds(Callback):
     "Predict with the ensemble of the exits (needs `EEDCallback`)"
-    order,run_train = EEDCallback.order+1,False     # after it has kept the exits
+    order = EEDCallback.order+1     # after it has kept the exits
+    run_train = False
+
     def __init__(self,
         how:Callable=mean_logits, # `(n,n_exits,n_out)` to `(n,n_out)` (mean of logits: EED's evaluation)
         upto:int|None=None, # The last exit that takes part (None: all)
-    ): self.how,self.upto = how,upto
+    ):
+        self.how = how
+        self.upto = upto
 
     def after_pred(self):
+        "Put the ensemble in the place of the main network's prediction"
         z = live_exits(self.learn).logits
-        if self.upto is not None and not 0<=self.upto<z.shape[1]: raise IndexError(f"EnsemblePreds(upto={self.upto}) names an exit that is not there; this network has exits 0 to {z.shape[1]-1}")
-        self.learn.pred = self.how(z if self.upto is None else z[:,:self.upto+1])
+        self.learn.pred = self.how(z[:,:self._n_taking_part(z.shape[1])])
 
-# %% ../nbs/16_predictions.ipynb #85cafa52
+    def _n_taking_part(self, n_exits):
+        "How many exits make the ensemble"
+        if self.upto is None:
+            return n_exits
+        if not 0<=self.upto<n_exits:
+            raise IndexError(
+                f"EnsemblePreds(upto={self.upto}) names an exit that is not there; "
+                f"this network has exits 0 to {n_exits-1}")
+        return self.upto+1
+
+# %% ../nbs/16_predictions.ipynb #303946e1
 class GatherExits(Callback):
     "Collect every batch's logits of all exits `(bs,n_exits,n_out)`, and its targets, while validating"
-    order,run_train = Recorder.order+1,False   # after the batch is done, before `EEDCallback` clears it
+    order = Recorder.order+1    # after the batch is done, before `EEDCallback` clears it
+    run_train = False
 
     def __init__(self,
         feats:bool=False, # Collect the main network's feature, too?
-    ): self.feats = feats
+    ):
+        self.feats = feats
 
-    def before_validate(self): self.zs,self.fs,self.ys = [],[],[]
+    def before_validate(self):
+        "Begin anew: logits `zs`, features `fs`, targets `ys`, a tensor for each batch"
+        self.zs = []
+        self.fs = []
+        self.ys = []
 
     def after_batch(self):
+        "Keep this batch"
         exits = live_exits(self.learn)
         self.zs.append(self.learn.to_detach(exits.logits))
-        if self.feats: self.fs.append(self.learn.to_detach(exits.feats[:,-1]))
+        if self.feats:
+            self.fs.append(self.learn.to_detach(exits.feats[:,-1]))
         self.ys += self.learn.to_detach(self.yb[:1])
 
-# %% ../nbs/16_predictions.ipynb #8e675fac
+# %% ../nbs/16_predictions.ipynb #fca71c82
 @patch
-def gather_exit_logits(self:Learner, dl, gather):
-    "Run `dl` in order with `gather`, and with an `EEDCallback`, borrowed if there is none; the logits of all exits, and targets or None"
-    with self.added_cbs([] if self._grab_cbs(EEDCallback) else [EEDCallback(alpha=0.)]):
-        self.get_preds(dl=dl.new(shuffle=False, drop_last=False), reorder=False, cbs=gather)
-    return torch.cat(gather.zs), torch.cat(gather.ys) if gather.ys else None
+def gather_exit_logits(self:Learner,
+    dl:DataLoader, # Batches to predict; all are taken, in the order of the data set
+    gather:Callback, # A `GatherExits`, which keeps what it has collected
+) -> tuple: # Logits `(n,n_exits,n_out)`, the main network's last, and targets `(n,)` or None
+    "The logits of all exits on `dl`; a Learner without `EEDCallback` borrows one"
+    borrowed = [] if self._grab_cbs(EEDCallback) else [EEDCallback(alpha=0.)]
+    in_order = dl.new(shuffle=False, drop_last=False)
+    with self.added_cbs(borrowed):
+        self.get_preds(dl=in_order, reorder=False, cbs=gather)
+    targets = torch.cat(gather.ys) if gather.ys else None
+    return torch.cat(gather.zs), targets
 
-# %% ../nbs/16_predictions.ipynb #964bb739
+# %% ../nbs/16_predictions.ipynb #7c49b46c
 @patch
 def get_exit_preds(self:Learner,
-    ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train (augmented as in training, as in `get_preds`), 1 valid
+    ds_idx:int=1, # The data set, where `dl` is None: 0 train (augmented as in training, as in `get_preds`), 1 valid
     dl:DataLoader|None=None, # Batches to predict
-    ensemble:Callable|None=None, # Let each exit answer together with those before it: `mean_logits` or `mean_probs` (None: each for itself)
+    ensemble:Callable|None=None, # Each exit with those before it: `mean_logits` or `mean_probs` (None: each for itself)
 ) -> tuple: # Probabilities `(n,n_exits,n_out)`, the main network's last, and targets `(n,)` or None
     "What every exit predicts, in the order of the data set"
     z,y = self.gather_exit_logits(ifnone(dl, self.dls[ds_idx]), GatherExits())
-    if ensemble is not None: z = prefix_ensembles(z, ensemble)
+    if ensemble is not None:
+        z = prefix_ensembles(z, ensemble)
     return z.softmax(-1), y
 
-# %% ../nbs/16_predictions.ipynb #d9b6ef94
+# %% ../nbs/16_predictions.ipynb #8587e826
 @patch
 def validate_exits(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
@@ -94,32 +124,48 @@ def validate_exits(self:Learner,
 ) -> pd.DataFrame: # Columns `exit, accuracy` (a share, 0…1); rows `exit0 … main, ensemble`
     "Accuracy of each exit and of the ensemble (mean of logits)"
     p,y = self.get_exit_preds(ds_idx, dl)
-    if y is None: raise ValueError("These batches have no targets, so there is no accuracy; pass a labelled `dl`, or use `get_exit_preds`")
-    p = torch.cat([p, p.clamp_min(1e-30).log().mean(1, keepdim=True)], 1)   # log p is the logits but for a constant for each exit
-    return pd.DataFrame(dict(exit=unwrap(self.model).exit_names + ['ensemble'], accuracy=(p.argmax(-1)==y[:,None]).float().mean(0).tolist()))
+    if y is None:
+        raise ValueError(
+            "These batches have no targets, so there is no accuracy; pass a labelled `dl`, or use `get_exit_preds`")
+    ensemble = p.clamp_min(1e-30).log().mean(1, keepdim=True)
+    right = torch.cat([p, ensemble], 1).argmax(-1)==y[:,None]
+    names = unwrap(self.model).exit_names + ['ensemble']
+    return pd.DataFrame(dict(exit=names, accuracy=right.float().mean(0).tolist()))
 
-# %% ../nbs/16_predictions.ipynb #9a19b8d7
+# %% ../nbs/16_predictions.ipynb #2d9c18cb
 @patch
 def exit_table(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
     dl:DataLoader|None=None, # Batches with targets
 ) -> pd.DataFrame: # Columns `exit, accuracy`, and those of `exit_costs`; the rows of `validate_exits`
     "Accuracy and cost of each exit and of the ensemble"
-    size = ifnone(dl, self.dls[ds_idx]).one_batch()[0].shape[-2:]
-    return self.validate_exits(ds_idx, dl).merge(exit_costs(self.model, size, ensemble=True), on='exit')
+    images = ifnone(dl, self.dls[ds_idx]).one_batch()[0]
+    costs = exit_costs(self.model, images.shape[-2:], ensemble=True)
+    return self.validate_exits(ds_idx, dl).merge(costs, on='exit')
 
-# %% ../nbs/16_predictions.ipynb #f5f3af86
+# %% ../nbs/16_predictions.ipynb #bc9c650e
+def _name_points(df, ax):
+    "Write each exit's name below its point"
+    for row in df.itertuples():
+        ax.annotate(row.exit, (row.share, row.accuracy), xytext=(0,-14), textcoords='offset points',
+                    ha='center', fontsize=9)
+
 def plot_exits(
     df:pd.DataFrame, # From `exit_table`
-    ax=None, # Axes to draw on (None: new ones)
-): # The axes
+    ax:plt.Axes|None=None, # Axes to draw on (None: new ones)
+) -> plt.Axes: # The axes
     "Accuracy of each exit against its share of the main network's cost; the ensemble apart"
-    ax = plt.subplots(figsize=(5.5,3.5))[1] if ax is None else ax
-    exits,ens = df[df.exit!='ensemble'].sort_values('share'),df[df.exit=='ensemble']
+    if ax is None:
+        _,ax = plt.subplots(figsize=(5.5,3.5))
+    exits = df[df.exit!='ensemble'].sort_values('share')
+    ensemble = df[df.exit=='ensemble']
     ax.plot(exits.share, exits.accuracy, marker='o', label='exits')
-    if len(ens): ax.plot(ens.share, ens.accuracy, 'D', label='ensemble of all exits')
-    for r in df.itertuples(): ax.annotate(r.exit, (r.share, r.accuracy), xytext=(0,-14), textcoords='offset points', ha='center', fontsize=9)
-    ax.xaxis.set_major_formatter(PercentFormatter(1)); ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
+    if len(ensemble):
+        ax.plot(ensemble.share, ensemble.accuracy, 'D', label='ensemble of all exits')
+    _name_points(df, ax)
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(xlabel="cost: share of the main network's multiply-adds", ylabel='accuracy', xmargin=0.12, ymargin=0.25)
-    ax.legend(loc='best'); ax.grid(alpha=.3)
+    ax.legend(loc='best')
+    ax.grid(alpha=.3)
     return ax

@@ -14,67 +14,184 @@ from .losses import *
 from .objective import *
 from .callback import *
 
-# %% ../nbs/14_recipes.ipynb #d4ab706d
+# %% ../nbs/14_recipes.ipynb #4069fd4e
 class Recipe(dict):
     "Keywords for `EEDCallback`, with the `source` that they are from"
     def __init__(self,
         source:str, # Where the numbers stand
         status:str='paper', # How sure it is: paper, code or reconstruction
-        head:Callable|None=None, # The exits with which it was run, for `multi_exit(head=…)` (None: EED's, or what cost decides)
+        head:Callable|None=None, # The exits of that run, for `multi_exit(head=…)` (None: EED's, or what cost decides)
         label:str|None=None, # What tables and plots call it (None: its name)
         **kw # Keywords of `EEDCallback`
     ):
         super().__init__(**kw)
-        self.source,self.status,self.head,self.label = source,status,head,label
+        self.source = source
+        self.status = status
+        self.head = head
+        self.label = label
 
-    def __or__(self, o): return Recipe(**{**self.__dict__, **self, **o})      # a changed recipe is one
+    def __or__(self, changes):
+        facts = self.__dict__
+        return Recipe(**{**facts, **self, **changes})
 
-# %% ../nbs/14_recipes.ipynb #4552a962
-_kl = partial(logit_kl, T=3.)   # the paper gives no temperature; the code has 3
+# %% ../nbs/14_recipes.ipynb #ed8693a4
+_tempered_kl = partial(logit_kl, T=3.)      # EED code, `train.py`
 
-def _eed(source, logit_loss, alpha, beta, status='paper', teacher=ensemble_teacher):
-    return Recipe(source, status, teacher=teacher, logit_loss=logit_loss, feat_loss=feat_mse, alpha=alpha, beta=beta)
+def _eed(source, status='paper', **changes):
+    "EED by MSE without features, with `changes`"
+    eed = dict(teacher=ensemble_teacher, logit_loss=logit_mse, feat_loss=feat_mse, alpha=1., beta=0.)
+    return Recipe(source, status, **{**eed, **changes})
 
-# %% ../nbs/14_recipes.ipynb #ba419531
-def _table_one(teacher, eq):
-    "The four losses of one equation in the paper's Table I: KL or MSE, β 0 or 1"
-    return {f'{name}{feat}': _eed(f"EED paper, Table I, eq. {eq}: {what}, β={beta:.0f}", loss, 1., beta, teacher=teacher)
-            for name,loss,what in (('kl', _kl, "KL (T=3 from the code)"), ('mse', logit_mse, 'MSE')) for feat,beta in (('', 0.), ('_feat', 1.))}
-
-# %% ../nbs/14_recipes.ipynb #bcada517
+# %% ../nbs/14_recipes.ipynb #da89b6e4
 recipes = {
-    'plain': Recipe('the network without exits: its heads are not run in training', label_weights=main_only, alpha=0.),
-    'joint_ce': _eed('EED paper, eq. 2', logit_mse, 0., 0.),
-    **{f'main_{k}': r for k,r in _table_one(main_teacher, 4).items()},
-    **{f'eed_{k}': r for k,r in _table_one(ensemble_teacher, 8).items()},
-    'eed_kl_code': _eed('EED code, `train.py`: KL, 0.1·T² with T=3; no features', _kl, 0.9, 0., 'code'),
-    'eed_kl_feat_code': _eed('EED code, `train.py`: KL, 0.1·T² with T=3; features 1', _kl, 0.9, 1., 'code'),
-    'eed_mse_code': _eed('EED code, `train.py`: MSE 1; no features', logit_mse, 1., 0., 'code'),
-    'eed_mse_feat_code': _eed("EED code, `train.py`: MSE 1; features 1; the code's default", logit_mse, 1., 1., 'code'),
+    'plain': Recipe(
+        'the network without exits: its heads are not run in training',
+        label_weights=main_only,
+        alpha=0.),
+    'joint_ce': _eed(
+        'EED paper, eq. 2',
+        alpha=0.),
+    'main_kl': _eed(
+        'EED paper, Table I, eq. 4: KL (T=3 from the code), β=0',
+        teacher=main_teacher,
+        logit_loss=_tempered_kl),
+    'main_kl_feat': _eed(
+        'EED paper, Table I, eq. 4: KL (T=3 from the code), β=1',
+        teacher=main_teacher,
+        logit_loss=_tempered_kl,
+        beta=1.),
+    'main_mse': _eed(
+        'EED paper, Table I, eq. 4: MSE, β=0',
+        teacher=main_teacher),
+    'main_mse_feat': _eed(
+        'EED paper, Table I, eq. 4: MSE, β=1',
+        teacher=main_teacher,
+        beta=1.),
+    'eed_kl': _eed(
+        'EED paper, Table I, eq. 8: KL (T=3 from the code), β=0',
+        logit_loss=_tempered_kl),
+    'eed_kl_feat': _eed(
+        'EED paper, Table I, eq. 8: KL (T=3 from the code), β=1',
+        logit_loss=_tempered_kl,
+        beta=1.),
+    'eed_mse': _eed(
+        'EED paper, Table I, eq. 8: MSE, β=0'),
+    'eed_mse_feat': _eed(
+        'EED paper, Table I, eq. 8: MSE, β=1',
+        beta=1.),
+    'eed_kl_code': _eed(
+        'EED code, `train.py`: KL, 0.1·T² with T=3; no features',
+        'code',
+        logit_loss=_tempered_kl,
+        alpha=0.9),
+    'eed_kl_feat_code': _eed(
+        'EED code, `train.py`: KL, 0.1·T² with T=3; features 1',
+        'code',
+        logit_loss=_tempered_kl,
+        alpha=0.9,
+        beta=1.),
+    'eed_mse_code': _eed(
+        'EED code, `train.py`: MSE 1; no features',
+        'code'),
+    'eed_mse_feat_code': _eed(
+        "EED code, `train.py`: MSE 1; features 1; the code's default",
+        'code',
+        beta=1.),
 }
 
-# %% ../nbs/14_recipes.ipynb #275b05c1
+# %% ../nbs/14_recipes.ipynb #711bd7d7
+def _subset_name(idxs):
+    "The recipe's name: `subset_0_main` for exits 0 and -1"
+    return '_'.join(['subset', *('main' if i==-1 else str(i) for i in idxs)])
+
 def subset_recipes(
-    subsets:list=((0,-1), (2,-1), (0,2,-1), (0,1,2)), # Indices of the exits that teach, -1 for the main network (EED Table IV, four exits)
+    subsets:list=((0,-1), (2,-1), (0,2,-1), (0,1,2)), # Exits that teach, -1 the main network (EED Table IV, four exits)
 ) -> dict: # Name → `Recipe`
     "EED with the mean of some exits as the teacher (Table IV)"
-    return {f"subset_{'_'.join('main' if i==-1 else str(i) for i in o)}": _eed(f'EED paper, Table IV: MSE, teacher of exits {list(o)}', logit_mse, 1., 0., teacher=subset_teacher(o)) for o in subsets}
+    table = {}
+    for idxs in subsets:
+        source = f'EED paper, Table IV: MSE, teacher of exits {list(idxs)}'
+        table[_subset_name(idxs)] = _eed(source, teacher=subset_teacher(idxs))
+    return table
 
-# %% ../nbs/14_recipes.ipynb #18bb8966
-def _branchy(k): return [1-0.7*i/max(1, k-1) for i in range(k)]
-def _pl(k): return [5/k]*k
-def _byot(k): return [0.9]*k
-def _beed_labels(k): return [max(0., 2-1.15**(k-1-i)) for i in range(k)]       # below 0 from six exits on
-def _beed_logits(k): return [1.15**(k-1-i) for i in range(k)]
-def _hinton(k): return [0.1]*k
+# %% ../nbs/14_recipes.ipynb #7d72df63
+def _branchynet_label_weights(n_exits):
+    "From 1 for the first exit down to 0.3 for the last, evenly"
+    return [1-0.7*i/max(1, n_exits-1) for i in range(n_exits)]
 
-# %% ../nbs/14_recipes.ipynb #907713b9
+def _phuong_lampert_weights(n_exits):
+    "Of labels and of the teacher: C=½ of 2·5/k, for each exit"
+    return [5/n_exits]*n_exits
+
+def _byot_label_weights(n_exits):
+    "1-a with a=0.1, for each exit"
+    return [0.9]*n_exits
+
+def _beed_logit_weights(n_exits):
+    "Powers of 1.15, the first exit's the highest and the last one's 1"
+    return [1.15**(n_exits-1-i) for i in range(n_exits)]
+
+def _beed_label_weights(n_exits):
+    "What the teacher's weight leaves of 2, but not below 0"
+    return [max(0., 2-w) for w in _beed_logit_weights(n_exits)]
+
+def _hinton_label_weights(n_exits):
+    "1-a with a=0.9, for each exit"
+    return [0.1]*n_exits
+
+# %% ../nbs/14_recipes.ipynb #d9ddcb83
 recipes |= {
-    'branchynet': Recipe('BranchyNet (arXiv 1709.01686): 1.0 for the first, 0.3 for the last exit; between them interpolated', 'reconstruction', alpha=0., label_weights=_branchy),
-    'pl': Recipe('Phuong & Lampert code, `main.py`: C=0.5, annealed temperature', 'code', teacher=main_teacher, logit_loss=AnnealedKL, label_weights=_pl, logit_weights=_pl),
-    'pl_constant': Recipe('Phuong & Lampert code, `main.py`: C=0.5, T=4', 'code', teacher=main_teacher, logit_loss=partial(logit_kl, T=4.), alpha=16., label_weights=_pl, logit_weights=_pl),
-    'byot': Recipe('luanyunteng/pytorch-be-your-own-teacher: a=0.1, T=3, features 1e-6, bottleneck exits', 'code', BottleneckHead, teacher=main_teacher, logit_loss=_kl, feat_loss=feat_sse, alpha=0.9, beta=1e-6, label_weights=_byot),
-    'beed': Recipe('BEED code, `train.py`: A=1.15, teacher weights 1.6, T=3, features 0.1 before the average', 'code', BEEDHead, teacher=growing_teacher(1.6), logit_loss=_kl, alpha=9., beta=0.1, label_weights=_beed_labels, logit_weights=_beed_logits),
-    'mate_style': Recipe('MATE-style (reconstructed) from the abstract of doi 10.1631/FITEE.2200644', 'reconstruction', label='MATE-style (reconstructed)', teacher=MATEStyleTeacher, logit_loss=from_all(_kl)),
-    'hinton_kd': Recipe('Hinton et al., arXiv 1503.02531, at every exit; a=0.9, T=4 are customary', 'reconstruction', teacher=ExternalTeacher, logit_loss=partial(logit_kl, T=4.), alpha=14.4, label_weights=_hinton),
+    'branchynet': Recipe(
+        'BranchyNet (arXiv 1709.01686): 1.0 for the first, 0.3 for the last exit; between them interpolated',
+        'reconstruction',
+        alpha=0.,
+        label_weights=_branchynet_label_weights),
+    'pl': Recipe(
+        'Phuong & Lampert code, `main.py`: C=0.5, annealed temperature',
+        'code',
+        teacher=main_teacher,
+        logit_loss=AnnealedKL,
+        label_weights=_phuong_lampert_weights,
+        logit_weights=_phuong_lampert_weights),
+    'pl_constant': Recipe(
+        'Phuong & Lampert code, `main.py`: C=0.5, T=4',
+        'code',
+        teacher=main_teacher,
+        logit_loss=partial(logit_kl, T=4.),
+        alpha=16.,                                  # T²
+        label_weights=_phuong_lampert_weights,
+        logit_weights=_phuong_lampert_weights),
+    'byot': Recipe(
+        'luanyunteng/pytorch-be-your-own-teacher: a=0.1, T=3, features 1e-6, bottleneck exits',
+        'code',
+        head=BottleneckHead,
+        teacher=main_teacher,
+        logit_loss=_tempered_kl,
+        feat_loss=feat_sse,
+        alpha=0.9,                                  # a·T²
+        beta=1e-6,
+        label_weights=_byot_label_weights),
+    'beed': Recipe(
+        'BEED code, `train.py`: A=1.15, teacher weights 1.6, T=3, features 0.1 before the average',
+        'code',
+        head=BEEDHead,
+        teacher=growing_teacher(1.6),
+        logit_loss=_tempered_kl,
+        alpha=9.,                                   # T²
+        beta=0.1,
+        label_weights=_beed_label_weights,
+        logit_weights=_beed_logit_weights),
+    'mate_style': Recipe(
+        'MATE-style (reconstructed) from the abstract of doi 10.1631/FITEE.2200644',
+        'reconstruction',
+        label='MATE-style (reconstructed)',
+        teacher=MATEStyleTeacher,
+        logit_loss=from_all(_tempered_kl)),
+    'hinton_kd': Recipe(
+        'Hinton et al., arXiv 1503.02531, at every exit; a=0.9, T=4 are customary',
+        'reconstruction',
+        teacher=ExternalTeacher,
+        logit_loss=partial(logit_kl, T=4.),
+        alpha=14.4,                                 # a·T²
+        label_weights=_hinton_label_weights),
 }
