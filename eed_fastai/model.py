@@ -12,32 +12,30 @@ from .trace import *
 from .stages import *
 from .exits import *
 
-# %% ../nbs/06_model.ipynb #55dda518
+# %% ../nbs/06_model.ipynb #30465dbb
 class Exits(namedtuple('Exits', 'logits feats')):
-    "Logits `(bs,n_exits,n_out)` and features `(bs,n_exits,nf)` of all exits, the main network's last; `feats` is None where they cannot be stacked"
+    "Logits `(bs,n_exits,n_out)` and features `(bs,n_exits,nf)`, main last; `feats` is None if they cannot be stacked"
 
-# %% ../nbs/06_model.ipynb #540f9e9a
+# %% ../nbs/06_model.ipynb #fb98e9f5
 def stack_exits(
     outs:list, # One pair (logits, feature) for each exit
 ) -> Exits: # The same, stacked on axis 1
     "Stack what the heads returned; features of different sizes, or of a head that gives none, become None"
-    zs,fs = zip(*outs)
-    same = all(f is not None and f.shape==fs[0].shape for f in fs)
-    return Exits(torch.stack(zs, 1), torch.stack([f.flatten(1) for f in fs], 1) if same else None)
+    logits, feats = zip(*outs)
+    same = all(f is not None and f.shape==feats[0].shape for f in feats)
+    stacked = torch.stack([f.flatten(1) for f in feats], 1) if same else None
+    return Exits(torch.stack(logits, 1), stacked)
 
-# %% ../nbs/06_model.ipynb #1218234c
-def _is_channels_last(m):
-    w = next((o.weight for o in m.modules() if isinstance(o, nn.Conv2d) and o.kernel_size!=(1,1) and o.in_channels>1), None)
-    return w is not None and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
-
-# %% ../nbs/06_model.ipynb #536e980c
+# %% ../nbs/06_model.ipynb #ec96c366
 def _forget_method(model, keys):
-    "A network that only answers takes a state that holds a method's memory, too"
-    if not len(model.method): keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if not k.startswith('method.')]
+    "Let a network that only answers take a state that holds a method's memory, too"
+    if len(model.method):
+        return
+    keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if not k.startswith('method.')]
 
-# %% ../nbs/06_model.ipynb #2e13e7da
+# %% ../nbs/06_model.ipynb #a6148c1d
 class MultiExitModel(nn.Module):
-    "A CNN in stages, with a head after each: `(bs,n_in,h,w)` to the main exit's logits `(bs,n_out)`. Iterating gives `(stage, head)` pairs"
+    "A CNN in stages with a head after each: images to the main exit's logits. Iterating gives `(stage, head)` pairs"
     def __init__(self,
         stages:list, # The body, cut by `split_stages`
         n_out:int|None=None, # Classes; None builds no heads yet
@@ -47,65 +45,152 @@ class MultiExitModel(nn.Module):
         plan:list|None=None, # For each stage what is special about its exit, see `make_heads`
     ):
         super().__init__()
-        self.stages,self.heads,self.head,self.size = nn.ModuleList(stages),nn.ModuleList(),head,size
-        self.plan = [{'widths': w, **o} for w,o in zip(stage_widths(stages, size), plan or [{}]*len(stages))]
-        self.n_in,self.shapes = n_channels(self),stage_shapes(stages, size)
-        self.n_out,self.want_exits,self.method = None,False,nn.ModuleDict()
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList()
+        self.method = nn.ModuleDict()
+        self.head = head
+        self.size = size
+        self.plan = [{'widths': w, **o} for w, o in zip(stage_widths(stages, size), plan or [{}]*len(stages))]
+        self.n_in = n_channels(self)
+        self.shapes = stage_shapes(stages, size)
+        self.n_out = None
+        self.want_exits = False
         self.made = None                         # how `multi_exit` made it, for the record
         self.register_load_state_dict_post_hook(_forget_method)
-        if n_out is not None: self.build(n_out, main)
+        if n_out is not None:
+            self.build(n_out, main)
 
     def __iter__(self): return iter(zip(self.stages, self.heads))
 
     @property
-    def n_exits(self): return len(self.shapes)
+    def n_exits(self):
+        "How many exits there are, the main network's among them"
+        return len(self.shapes)
 
     @property
-    def exit_names(self): return [f'exit{i}' for i in range(self.n_exits-1)] + ['main']
+    def exit_names(self):
+        "`exit0`, `exit1`, … and `main`"
+        return [f'exit{i}' for i in range(self.n_exits-1)] + ['main']
 
-    def extra_repr(self): return f'n_exits={self.n_exits}, n_out={self.n_out}, n_in={self.n_in}'
+    def extra_repr(self):
+        "The numbers in the module's printed form"
+        return f'n_exits={self.n_exits}, n_out={self.n_out}, n_in={self.n_in}'
 
     def forward(self, x):
-        want,self.want_exits = self.want_exits,False
-        if want: return self.all_exits(x)
+        "Logits of the main exit; `Exits` once after `want_exits` was set"
+        want = self.want_exits
+        self.want_exits = False
+        if want:
+            return self.all_exits(x)
         self.check_images(x)
-        for i,stage in enumerate(self.stages): x = stage(self.fits_stage(i, x))
+        for i, stage in enumerate(self.stages):
+            x = stage(self.fits_stage(i, x))
         return self.heads[-1](x)[0]
 
-    def all_exits(self, x):
-        "`Exits` for images `(bs,n_in,h,w)`"
+    def all_exits(self,
+        x:Tensor, # Images `(bs,n_in,h,w)`
+    ) -> Exits: # Logits and features, exits on axis 1
+        "What all exits say to a batch of images"
         self.check_images(x)
         outs = []
-        for i,(stage,head) in enumerate(self):
+        for i, (stage, head) in enumerate(self):
             x = stage(self.fits_stage(i, x))
             outs.append(head(x))
         return stack_exits(outs)
 
-# %% ../nbs/06_model.ipynb #c09f08c7
+# %% ../nbs/06_model.ipynb #f5f08142
 @patch
-def check_built(self:MultiExitModel):
-    if self.n_out is None:
-        raise RuntimeError("This network has no exits yet, because the number of classes is not known. "
-                           "Pass `n_out=` to `multi_exit`, or put `EEDCallback()` on its Learner, which takes it from the data")
+def check_built(self:MultiExitModel) -> None:
+    "Raise if the network has no heads yet"
+    if self.n_out is not None:
+        return
+    raise RuntimeError(
+        "This network has no exits yet, because the number of classes is not known. "
+        "Pass `n_out=` to `multi_exit`, or put `EEDCallback()` on its Learner, which takes it from the data")
 
-# %% ../nbs/06_model.ipynb #1e9a8a87
+# %% ../nbs/06_model.ipynb #603e6664
 @patch
-def check_images(self:MultiExitModel, x):
+def check_images(self:MultiExitModel,
+    x:Tensor, # What should be images `(bs,n_in,h,w)`
+) -> None:
+    "Raise if the network has no heads yet, or if `x` are not images with its number of channels"
     self.check_built()
-    if x.ndim!=4 or x.shape[1]!=self.n_in:
-        raise ValueError(f"The images have shape {tuple(x.shape)}, but the network takes (batch, {self.n_in}, height, width). "
-                         f"Pass `n_in=` to `multi_exit`, or load the images with {self.n_in} channels")
+    if x.ndim==4 and x.shape[1]==self.n_in:
+        return
+    raise ValueError(
+        f"The images have shape {tuple(x.shape)}, but the network takes (batch, {self.n_in}, height, width). "
+        f"Pass `n_in=` to `multi_exit`, or load the images with {self.n_in} channels")
 
-# %% ../nbs/06_model.ipynb #01df11d9
+# %% ../nbs/06_model.ipynb #9b8b15f9
 @patch
-def fits_stage(self:MultiExitModel, i, x):
+def fits_stage(self:MultiExitModel,
+    i:int, # Index of a stage
+    x:Tensor, # The map `(bs,nf,h,w)` that it gets
+) -> Tensor: # `x`
     "`x`, unless it is too small for stage `i`"
-    if i and x.shape[-2:]==(1,1) and self.shapes[i][1]<self.shapes[i-1][1]:
-        raise ValueError(f"The images are too small: stage {i} of {self.n_exits} should shrink its map, but it gets a single cell. "
-                         "Use larger images (`Resize`), or a network with a smaller stem, such as `cifar_resnet18`")
+    is_one_cell = x.shape[-2:]==(1,1)
+    if i and is_one_cell and self.shapes[i][1]<self.shapes[i-1][1]:
+        raise ValueError(
+            f"The images are too small: stage {i} of {self.n_exits} should shrink its map, but it gets a single cell. "
+            "Use larger images (`Resize`), or a network with a smaller stem, such as `cifar_resnet18`")
     return x
 
-# %% ../nbs/06_model.ipynb #42c41684
+# %% ../nbs/06_model.ipynb #c6d73249
+def _shows_format(m):
+    "Do this module's weights differ between the memory formats?"
+    return isinstance(m, nn.Conv2d) and m.kernel_size!=(1,1) and m.in_channels>1
+
+def _is_channels_last(model):
+    "Are the weights of `model` in the channels-last format?"
+    w = next((m.weight for m in model.modules() if _shows_format(m)), None)
+    if w is None:
+        return False
+    return w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
+
+# %% ../nbs/06_model.ipynb #69670a80
+def _is_pair(out):
+    "Are these two things in a tuple?"
+    return isinstance(out, tuple) and len(out)==2
+
+def _what_it_returns(out):
+    "What a head returned, in words"
+    if _is_pair(out):
+        return f'logits of shape {tuple(out[0].shape)}'
+    shape = f' of shape {tuple(out.shape)}' if isinstance(out, Tensor) else ''
+    return f'a {type(out).__name__}{shape}'
+
+def _check_head(i, out, n_out):
+    "Raise unless head `i` returned a pair of logits for one image and a feature or None"
+    if _is_pair(out) and out[0].shape==(1,n_out):
+        return
+    wanted = f"a head returns a pair: logits (batch, {n_out}) and a feature (or None)"
+    raise ValueError(f"Head {i} returns {_what_it_returns(out)}; {wanted}")
+
+# %% ../nbs/06_model.ipynb #2596e2cf
+@patch
+def _probe_heads(self:MultiExitModel):
+    "The size of each head's feature, None where it gives none"
+    sizes = []
+    with evaluating(self):
+        x = probe_image(self, self.size)
+        for i, (stage, head) in enumerate(self):
+            x = stage(x)
+            out = head(x)
+            _check_head(i, out, self.n_out)
+            feature = out[1]
+            sizes.append(None if feature is None else tuple(feature.shape[1:]))
+    return sizes
+
+# %% ../nbs/06_model.ipynb #bb47557a
+@patch
+def _move_heads(self:MultiExitModel):
+    "Bring the heads to the stages' device, dtype and memory format"
+    p = next(self.stages.parameters())
+    self.heads.to(p.device, p.dtype)
+    if _is_channels_last(self.stages):
+        self.heads.to(memory_format=torch.channels_last)
+
+# %% ../nbs/06_model.ipynb #c014e442
 @patch
 def build(self:MultiExitModel,
     n_out:int, # Classes
@@ -113,124 +198,168 @@ def build(self:MultiExitModel,
 ) -> MultiExitModel: # The same network
     "Make the heads, on the stages' device, in their dtype and memory format"
     heads = make_heads(self.shapes, n_out, self.head, self.plan)
-    if main is not None: heads[-1] = main
-    p = next(self.stages.parameters())
-    self.heads,self.n_out = nn.ModuleList(heads).to(p.device, p.dtype),n_out
-    if _is_channels_last(self.stages): self.heads.to(memory_format=torch.channels_last)
-    for h in heads[:-1] if main is not None else heads: h.train(self.training)           # a kept classifier has its own mode
+    new = heads if main is None else heads[:-1]           # a kept classifier has its own mode
+    for head in new:
+        head.train(self.training)
+    self.heads = nn.ModuleList(new if main is None else [*new, main])
+    self.n_out = n_out
+    self._move_heads()
     self.feature_sizes = self._probe_heads()
     return self
 
-# %% ../nbs/06_model.ipynb #08aa90d9
-@patch
-def _probe_heads(self:MultiExitModel):
-    "The size of each head's feature, None where it gives none"
-    sizes = []
-    with evaluating(self):
-        x = probe_image(self, self.size)
-        for i,(stage,head) in enumerate(self):
-            x = stage(x)
-            out = head(x)
-            if not (isinstance(out, tuple) and len(out)==2 and out[0].shape==(1,self.n_out)):
-                found = f'a {type(out).__name__}' + (f' of shape {tuple(out.shape)}' if isinstance(out, Tensor) else '')
-                found = f'logits of shape {tuple(out[0].shape)}' if isinstance(out, tuple) and len(out)==2 else found
-                raise ValueError(f"Head {i} returns {found}; a head returns a pair: logits (batch, {self.n_out}) and a feature (or None)")
-            sizes.append(None if out[1] is None else tuple(out[1].shape[1:]))
-    return sizes
-
-# %% ../nbs/06_model.ipynb #d18acd3d
+# %% ../nbs/06_model.ipynb #90fdc2ba
 def unwrap(
     model:nn.Module, # A network, possibly inside DDP, DataParallel or `torch.compile`
     must:bool=False, # Is it an error if there is none?
 ) -> MultiExitModel|None: # The multi-exit network inside; None if there is none
     "Find the `MultiExitModel`"
     found = model
-    while found is not None and not isinstance(found, MultiExitModel): found = getattr(found, '_orig_mod', None) or getattr(found, 'module', None)
-    if must and found is None: raise TypeError(f"{type(model).__name__} has no exits; put some on it with `multi_exit`")
+    while found is not None and not isinstance(found, MultiExitModel):
+        found = getattr(found, '_orig_mod', None) or getattr(found, 'module', None)
+    if must and found is None:
+        raise TypeError(f"{type(model).__name__} has no exits; put some on it with `multi_exit`")
     return found
 
-# %% ../nbs/06_model.ipynb #b4759d30
-def _kept_head(model, stages, tail, size):
-    "The classifier of `model` as a head, checked against `model`, and its classes; (None, None) for a body without one"
-    if tail is not None and not [*tail.parameters()]: return None,None
-    kept = None if tail is None else KeptHead(tail)
-    with evaluating(model), evaluating(nn.Sequential(kept or nn.Identity())):
+# %% ../nbs/06_model.ipynb #35b92d59
+def _kept_logits(model, kept, stages, size):
+    "Logits for one image: of `model`, and of its stages with `kept` behind them"
+    with evaluating(model), evaluating(kept):
         x = probe_image(model, size)
-        real,z = model(x),kept and kept(nn.Sequential(*stages)(x))[0]
-    if z is None or z.ndim!=2 or z.shape!=real.shape or not torch.allclose(z, real, rtol=1e-4, atol=1e-5):
-        raise ValueError(f"The classifier of {type(model).__name__} cannot be kept: its modules in a row, with what is usual between them, do not give the network's logits (batch, classes), in training and in evaluation. "
-                         "Write as modules what its `forward` does there, or pass the body alone, for a new classifier")
-    return kept,z.shape[1]
+        return model(x), kept(nn.Sequential(*stages)(x))[0]
 
-# %% ../nbs/06_model.ipynb #c2b6cb17
+def _agree(real, z):
+    "Are `z` logits `(1,n_out)`, and the same as `real`?"
+    return z.ndim==2 and z.shape==real.shape and torch.allclose(z, real, rtol=1e-4, atol=1e-5)
+
+def _cannot_keep(model):
+    "The error for a classifier that is not what follows the stages in a row"
+    return ValueError(
+        f"The classifier of {type(model).__name__} cannot be kept: its modules in a row, with what is usual between "
+        "them, do not give the network's logits (batch, classes), in training and in evaluation. "
+        "Write as modules what its `forward` does there, or pass the body alone, for a new classifier")
+
+# %% ../nbs/06_model.ipynb #07e30d25
+def _kept_head(model, stages, tail, size):
+    "The classifier of `model` as a head, checked against `model`, and its classes; (None, None) for a body alone"
+    if tail is None:
+        raise _cannot_keep(model)
+    if not list(tail.parameters()):
+        return None, None
+    kept = KeptHead(tail)
+    real, z = _kept_logits(model, kept, stages, size)
+    if not _agree(real, z):
+        raise _cannot_keep(model)
+    return kept, z.shape[1]
+
+# %% ../nbs/06_model.ipynb #214781e0
 def _planned(model, cuts):
-    "Where stages begin, and for each what is special about its exit: what the network itself says, unless `cuts` are given"
+    "Where stages begin, and what is special about each exit: as the network itself says, unless `cuts` are given"
     plan = getattr(model, 'exit_plan', None)
-    if cuts is not None or plan is None: return cuts,None
+    if cuts is not None or plan is None:
+        return cuts, None
     names = list(model._modules)
-    return [names[names.index(o)+1] for o in plan],[*plan.values(), {}]
+    begins = [names[names.index(name)+1] for name in plan]
+    return begins, [*plan.values(), {}]
 
-# %% ../nbs/06_model.ipynb #7d06f391
+# %% ../nbs/06_model.ipynb #74e22134
+def _fewer_exits(stages, plan, n_exits, size):
+    "`n_exits` stages of about equal cost, and their part of the plan"
+    ends = spread_exits(stages, n_exits, size)
+    return join_stages(stages, ends), plan and [plan[i] for i in ends]
+
+# %% ../nbs/06_model.ipynb #d93a8045
 def _bare(m):
     "What is inside DDP, DataParallel or `torch.compile`"
-    while isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(m, '_orig_mod'): m = getattr(m, '_orig_mod', None) or m.module
+    while isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(m, '_orig_mod'):
+        m = getattr(m, '_orig_mod', None) or m.module
     return m
 
-# %% ../nbs/06_model.ipynb #defb7893
+# %% ../nbs/06_model.ipynb #284dbe44
+def _check_n_out(n_out, n_kept):
+    "Raise if other classes are asked for than the kept classifier has"
+    if n_out is None or n_kept in (None, n_out):
+        return
+    raise ValueError(
+        f"The network's own classifier has {n_kept} classes, but `n_out={n_out}`. "
+        "Leave `n_out` out to keep it, or pass the network without its classifier")
+
+# %% ../nbs/06_model.ipynb #7fcfb5ec
 def multi_exit(
-    arch:Callable|str|nn.Module, # Makes a network (`resnet18`), or a timm name, or a network, which keeps its classifier and its channels
-    n_out:int|None=None, # Classes (None: `EEDCallback` takes them from the data; a network that keeps its classifier has them)
+    arch:Callable|str|nn.Module, # Makes a network (`resnet18`); or a timm name; or a network: it keeps its classifier
+    n_out:int|None=None, # Classes (None: `EEDCallback` takes them from the data, or a kept classifier has them)
     pretrained:bool=False, # Start from the published weights? They are downloaded
-    n_in:int=3, # Channels of the images
-    cuts:list|None=None, # Names or child indices of the parts where stages begin (None: where the network's `exit_plan` or timm's `feature_info` says, or where the map has become smaller by half)
-    head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: EED's `ExitHead`, or `SeparableHead` where that costs too much, see `default_head`)
+    n_in:int=3, # Channels of the images; a network has its own
+    cuts:list|None=None, # Names or child indices where stages begin (None: the network's plan, or see `split_network`)
+    head:Callable|None=None, # Makes a head from `(ni, widths, n_out)` (None: by cost, see `default_head`)
     size:int|None=None, # Side of the image on which the network is tried, in pixels (None: `probe_size`)
-    n_exits:int|None=None, # So many exits, the main network's among them, at about equal shares of the multiply-adds (None: one after each stage)
+    n_exits:int|None=None, # So many exits, main among them, at about equal shares of the cost (None: one a stage)
 ) -> MultiExitModel: # Gives the main exit's logits, and `all_exits` on request
     "Put an exit after each stage of a CNN"
-    is_module,arch = isinstance(arch, nn.Module),_bare(arch)
-    if isinstance(arch, MultiExitModel): raise TypeError("This network has exits already; pass the backbone, or use it as it is")
+    is_module = isinstance(arch, nn.Module)
+    arch = _bare(arch)
+    if isinstance(arch, MultiExitModel):
+        raise TypeError("This network has exits already; pass the backbone, or use it as it is")
     model = arch if is_module else create_network(arch, pretrained, n_in)
     modes = {m: m.training for m in model.modules()}
-    asked,size,(cuts,plan) = cuts,size or probe_size(model),_planned(model, cuts)
-    stages,tail = split_network(model, cuts, size)
-    main,n_kept = _kept_head(model, stages, tail, size) if is_module else (None,None)
-    if n_out is not None and n_kept not in (None, n_out): raise ValueError(f"The network's own classifier has {n_kept} classes, but `n_out={n_out}`. Leave `n_out` out to keep it, or pass the network without its classifier")
+    size = size or probe_size(model)
+    begins, plan = _planned(model, cuts)
+    stages, tail = split_network(model, begins, size)
+    main, n_kept = _kept_head(model, stages, tail, size) if is_module else (None, None)
+    _check_n_out(n_out, n_kept)
     if n_exits is not None:
-        ends = spread_exits(stages, n_exits, size)
-        stages,plan = join_stages(stages, ends),plan and [plan[i] for i in ends]
+        stages, plan = _fewer_exits(stages, plan, n_exits, size)
     head = head or (ExitHead if plan else default_head(stages, size))
     res = MultiExitModel(stages, ifnone(n_out, n_kept), head, main, size, plan)
-    res.made = dict(arch=None if is_module else describe_arch(arch), head=describe_arch(head), n_in=res.n_in, cuts=asked, n_exits=n_exits, size=size, kept=main is not None)
-    for m in res.modules(): m.training = modes.get(m, model.training)
+    res.made = dict(
+        arch=None if is_module else describe_arch(arch), head=describe_arch(head), n_in=res.n_in,
+        cuts=cuts, n_exits=n_exits, size=size, kept=main is not None)
+    for m in res.modules():
+        m.training = modes.get(m, model.training)
     return res
 
-# %% ../nbs/06_model.ipynb #bb631a3f
+# %% ../nbs/06_model.ipynb #5b7ff95e
 class LogitsOf(Module):
     "The logits `(bs,n_out)` of a head, without its feature"
     def __init__(self,
         head:nn.Module, # Returns (logits, feature)
-    ): self.head = head
+    ):
+        self.head = head
 
-    def forward(self, x): return self.head(x)[0]
+    def forward(self, x):
+        "Logits of a map"
+        return self.head(x)[0]
 
-# %% ../nbs/06_model.ipynb #389ad51d
+# %% ../nbs/06_model.ipynb #eab6c492
 @patch
 def upto(self:MultiExitModel,
     i:int, # Index of the exit; -1 is the main network
 ) -> nn.Sequential: # Images `(bs,n_in,h,w)` to the exit's logits `(bs,n_out)`
     "The stand-alone network of exit `i`: stages up to there and its head, shared with this one"
     self.check_built()
-    if not -self.n_exits <= i < self.n_exits: raise IndexError(f"There is no exit {i}; this network has exits 0 to {self.n_exits-1} (the last is the main network)")
+    if not -self.n_exits <= i < self.n_exits:
+        last = f"{self.n_exits-1} (the last is the main network)"
+        raise IndexError(f"There is no exit {i}; this network has exits 0 to {last}")
     i %= self.n_exits
     return nn.Sequential(*self.stages[:i+1], LogitsOf(self.heads[i]))
 
-# %% ../nbs/06_model.ipynb #b9e5f6f2
+# %% ../nbs/06_model.ipynb #db6371a0
+def _params_once(groups):
+    "The parameters of each group, without those of an earlier group"
+    seen = set()
+    res = L()
+    for group in groups:
+        new = [p for p in params(group) if p not in seen]
+        seen.update(new)
+        res.append(new)
+    return res
+
+# %% ../nbs/06_model.ipynb #8f71f656
 def exit_splitter(
     model:nn.Module, # A multi-exit network, possibly wrapped
 ) -> list: # Three lists of parameters
     "First half of the stages; second half, and a classifier that was kept; heads, and what a method trains"
-    m,seen = unwrap(model, must=True),set()
-    def new(part): return [p for p in params(part) if not (p in seen or seen.add(p))]        # a module may be in two stages
-    k,n = m.n_exits//2,m.n_exits - any(isinstance(o, KeptHead) for o in m.heads[-1:])
-    return L(m.stages[:k], nn.ModuleList([*m.stages[k:], *m.heads[n:]]), nn.ModuleList([m.heads[:n], m.method])).map(new)
+    m = unwrap(model, must=True)
+    half = m.n_exits//2
+    kept = [head for head in m.heads[-1:] if isinstance(head, KeptHead)]
+    new = m.heads[:m.n_exits - len(kept)]
+    return _params_once([m.stages[:half], nn.ModuleList([*m.stages[half:], *kept]), nn.ModuleList([new, m.method])])
