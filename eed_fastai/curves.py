@@ -13,7 +13,7 @@ from .predictions import *
 from .scores import *
 from .thresholds import *
 
-# %% ../nbs/22_curves.ipynb #4c69af2f
+# %% ../nbs/22_curves.ipynb #5abd15ac
 def anytime_curve(
     z:Tensor, # Logits `(n,n_exits,n_out)`
     y:Tensor, # Classes `(n,)`
@@ -21,10 +21,15 @@ def anytime_curve(
     how:Callable=mean_logits, # Of the prefix ensembles: `(n,i,n_out)` to `(n,n_out)`
 ) -> pd.DataFrame: # Columns `exit, cost, accuracy, ensemble_cost, ensemble_accuracy`
     "Accuracy against cost if all images stop at the same exit, alone or as the ensemble up to it"
-    def acc(o): return (o.argmax(-1)==y[:,None]).float().mean(0).tolist()
-    return pd.DataFrame(dict(exit=parts.index, cost=alone_costs(parts), accuracy=acc(z), ensemble_cost=walk_costs(parts), ensemble_accuracy=acc(prefix_ensembles(z, how))))
+    def accuracies(z): return (z.argmax(-1)==y[:,None]).float().mean(0).tolist()
+    return pd.DataFrame(dict(
+        exit=parts.index,
+        cost=alone_costs(parts),
+        accuracy=accuracies(z),
+        ensemble_cost=walk_costs(parts),
+        ensemble_accuracy=accuracies(prefix_ensembles(z, how))))
 
-# %% ../nbs/22_curves.ipynb #ec1e83e7
+# %% ../nbs/22_curves.ipynb #333ce7db
 def budgeted_curve(
     fit:tuple, # Logits `(m,n_exits,n_out)` and classes `(m,)` that choose the thresholds
     report:tuple, # Logits `(n,n_exits,n_out)` and classes `(n,)` of other images, that judge
@@ -32,13 +37,16 @@ def budgeted_curve(
     score:Callable=max_prob, # As for `early_exit`
     family:Callable=one_threshold, # As for `threshold_sweep`
     n:int=20, # Points
-) -> pd.DataFrame: # A row for each target: `target`, `thresholds`, and what `policy_result` says of the images that judge
+) -> pd.DataFrame: # A row for each budget: `target`, `thresholds`, and what `policy_result` says of those that judge
     "Accuracy against cost with the thresholds that `exit_thresholds` gives for each budget"
-    df = threshold_settings(*fit, parts, score, family)
-    tried = [(t, best_setting(df, t).thresholds) for t in np.linspace(df.cost.min(), alone_costs(parts)[-1], n)]
-    return pd.DataFrame([dict(target=t, thresholds=ts, **policy_result(*report, ts, parts, score)) for t,ts in tried])
+    settings = threshold_settings(*fit, parts, score, family)
+    rows = []
+    for target in np.linspace(settings.cost.min(), alone_costs(parts)[-1], n):
+        thresholds = best_setting(settings, target).thresholds
+        rows.append(dict(target=target, thresholds=thresholds, **policy_result(*report, thresholds, parts, score)))
+    return pd.DataFrame(rows)
 
-# %% ../nbs/22_curves.ipynb #80486cb4
+# %% ../nbs/22_curves.ipynb #a20d2a7e
 def plot_early(
     anytime:pd.DataFrame, # From `anytime_curve`
     budgeted:pd.DataFrame|None=None, # From `budgeted_curve`
@@ -49,8 +57,12 @@ def plot_early(
     ax = plt.subplots(figsize=(5.5,3.5))[1] if ax is None else ax
     ax.plot(anytime.cost, anytime.accuracy, 'o', label='one exit for all images')
     ax.plot(anytime.ensemble_cost, anytime.ensemble_accuracy, 'D', mfc='none', label='ensemble up to an exit')
-    if budgeted is not None: ax.plot(budgeted.cost, budgeted.accuracy, '.-', label='early exit by threshold')
-    for r in anytime.itertuples(): ax.annotate(r.exit, (r.cost, r.accuracy), xytext=(4,-10), textcoords='offset points', fontsize=8)
+    if budgeted is not None:
+        ax.plot(budgeted.cost, budgeted.accuracy, '.-', label='early exit by threshold')
+    for r in anytime.itertuples():
+        ax.annotate(r.exit, (r.cost, r.accuracy), xytext=(4,-10), textcoords='offset points', fontsize=8)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.set(xlabel=f'{unit}, mean of all images', ylabel='accuracy'); ax.legend(fontsize=8); ax.grid(alpha=.3)
+    ax.set(xlabel=f'{unit}, mean of all images', ylabel='accuracy')
+    ax.legend(fontsize=8)
+    ax.grid(alpha=.3)
     return ax

@@ -5,48 +5,79 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../nbs/28_onnx.ipynb #2db4d3ef
+# %% ../nbs/28_onnx.ipynb #3d3afdc1
 import json, logging, shutil, tempfile, warnings
 from fastai.vision.all import *
 import eed_fastai
 from .arch import *
 from .trace import evaluating
 from .model import *
+from .scores import *
 from .policy import ExitPolicy
 from .config import *
 
-# %% ../nbs/28_onnx.ipynb #b541254e
+# %% ../nbs/28_onnx.ipynb #333f8a0b
+def _write_graph(part, x, file, output):
+    "One part of a network as a graph from `x`, of any number of images, to `output`"
+    torch.onnx.export(part, (x,), file, input_names=['x'], output_names=[output],
+                      dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, external_data=False, verbose=False)
+
+# %% ../nbs/28_onnx.ipynb #10db9fa2
+def _write_graphs(model, folder, size):
+    "Graphs of all stages and heads, for images of one size"
+    for o in ('torch.onnx', 'onnxscript', 'onnx_ir'):
+        logging.getLogger(o).setLevel(logging.ERROR)
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        x = torch.randn(2, model.n_in, size, size)
+        for i,(stage,head) in enumerate(model):
+            _write_graph(stage, x, folder/f'stage{i}.onnx', 'map')
+            x = stage(x)
+            _write_graph(LogitsOf(head), x, folder/f'head{i}.onnx', 'logits')
+
+# %% ../nbs/28_onnx.ipynb #65e36fae
+def _check_numpy_form(score):
+    "An error if there is no way to compute this score without PyTorch"
+    if named_scores[score].numpy is None:
+        raise ValueError(f"The score {score!r} has no numpy form, and where the graphs run there is no PyTorch; put "
+                         f"the same for arrays into the table: `named_scores[{score!r}] = Score({score}, …)`")
+
+# %% ../nbs/28_onnx.ipynb #0c2bc9d1
+def _describe_exits(model, size, policy, classes, stats):
+    "What `exits.json` says; what is not given is the network's own, if it was loaded"
+    config = getattr(model, 'config', None) or {}
+    policy = policy or getattr(model, 'policy', None) or ExitPolicy([math.inf]*(model.n_exits-1))
+    words = policy_to_config(policy)
+    _check_numpy_form(words['score'])
+    classes = [str(o) for o in classes] if classes else config.get('classes')
+    stats = [[float(o) for o in s] for s in stats] if stats else config.get('stats')
+    return dict(n_exits=model.n_exits, n_in=model.n_in, size=size, **words, classes=classes, stats=stats)
+
+# %% ../nbs/28_onnx.ipynb #ea1b7f07
 def export_onnx(
     model:MultiExitModel, # A network with its heads built
-    folder, # Where `stage0.onnx, head0.onnx, …`, `exits.json` and `runtime.py` go; made, it must not be there
+    folder, # Where graphs, `exits.json`, `runtime.py` and `scores.py` go; made, it must not be there
     size:int, # Side of the images in pixels
     policy:ExitPolicy|None=None, # When to stop (None: the network's own, or with all exits closed)
     classes:list|None=None, # Names of the classes (None: the network's own, if it was loaded)
     stats:tuple|None=None, # Mean and standard deviation with which images are normalised (None: as above)
 ) -> Path: # The folder
-    "Write a graph for each stage and each head, for any number of images, and a runtime that needs numpy and onnxruntime only"
-    for o in ('onnx','onnxscript'): optional_module(o, 'onnx', f'Writing ONNX needs {o}')
-    model,folder = unwrap(model, must=True),Path(folder).resolve()
-    config = getattr(model, 'config', None) or {}
+    "Write a graph for each stage and each head, for any number of images, and a runtime that needs no PyTorch"
+    model = unwrap(model, must=True)
     model.check_built()
-    policy = policy or getattr(model, 'policy', None) or ExitPolicy([math.inf]*(model.n_exits-1))
-    words = dict(n_exits=model.n_exits, n_in=model.n_in, size=size, **policy_to_config(policy), classes=classes and [*map(str, classes)] or config.get('classes'), stats=stats or config.get('stats'))
-    if folder.exists(): raise FileExistsError(f"{folder} exists already; give the name of a folder that is to be made")
+    words = json.dumps(_describe_exits(model, size, policy, classes, stats), indent=1)
+    for o in ('onnx','onnxscript'):
+        optional_module(o, 'onnx', f'Writing ONNX needs {o}')
+    folder = Path(folder).resolve()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; give the name of a folder that is to be made")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as d:
-        (tmp := Path(d)/folder.name).mkdir()
+        tmp = Path(d)/folder.name
+        tmp.mkdir()
         _write_graphs(deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format), tmp, size)
-        (tmp/'exits.json').write_text(json.dumps(words, indent=1))
-        shutil.copy(Path(eed_fastai.__file__).parent/'runtime.py', tmp/'runtime.py')
+        (tmp/'exits.json').write_text(words)
+        for o in ('runtime.py', 'scores.py'):
+            shutil.copy(Path(eed_fastai.__file__).parent/o, tmp/o)
         tmp.rename(folder)
     return folder
-
-# %% ../nbs/28_onnx.ipynb #89446154
-def _write_graphs(model, folder, size):
-    for o in ('torch.onnx', 'onnxscript', 'onnx_ir'): logging.getLogger(o).setLevel(logging.ERROR)
-    with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        x = torch.randn(2, model.n_in, size, size)
-        for i,(stage,head) in enumerate(model):
-            for part,x,name,out in ((stage, x, f'stage{i}', 'map'), (LogitsOf(head), stage(x), f'head{i}', 'logits')):
-                torch.onnx.export(part, (x,), folder/f'{name}.onnx', input_names=['x'], output_names=[out], dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, external_data=False, verbose=False)

@@ -17,103 +17,180 @@ from .early_exit import *
 from .calibration import *
 from .thresholds import *
 
-# %% ../nbs/21_policy.ipynb #50b214e4
+# %% ../nbs/21_policy.ipynb #73fd112f
 class ExitPolicy:
-    "When to stop. Called with a network and images `(b,n_in,h,w)`: logits `(b,n_out)` and index of the exit `(b,)`, see `early_exit`"
+    "When to stop. Called with a network and images, it gives logits `(b,n_out)` and the index of the exit `(b,)`"
     def __init__(self,
         thresholds:list, # One for each exit but the last; above 1 closes the exit
         score:Callable=max_prob, # Logits of the open exits so far `(b,i+1,n_out)` to `(b,)`
         temperatures:list|None=None, # One for each exit (None: none)
         report:pd.DataFrame|None=None, # How it was fitted, and what came of it on other images
-    ): self.thresholds,self.score,self.temperatures,self.report = thresholds,score,temperatures,report
-    def __eq__(self, o): return isinstance(o, ExitPolicy) and (self.thresholds, self.score, self.temperatures)==(o.thresholds, o.score, o.temperatures)
-    __repr__ = basic_repr('thresholds,score,temperatures')
-    def scaled(self, z): return z if self.temperatures is None else z/z.new_tensor(self.temperatures)[:,None]     # logits `(n,n_exits,n_out)`
-    def __call__(self, model, x): return early_exit(model, x, self.thresholds, self.score, self.temperatures)
+    ):
+        self.thresholds = thresholds
+        self.score = score
+        self.temperatures = temperatures
+        self.report = report
 
-# %% ../nbs/21_policy.ipynb #941717ca
+    __repr__ = basic_repr('thresholds,score,temperatures')
+
+    def __eq__(self, o):
+        def parts(p): return p.thresholds, p.score, p.temperatures
+        return isinstance(o, ExitPolicy) and parts(self)==parts(o)
+
+    def __call__(self, model, x):
+        return early_exit(model, x, self.thresholds, self.score, self.temperatures)
+
+    def scaled(self, z):
+        "Logits of all exits `(n,n_exits,n_out)`, divided by the temperatures"
+        return z if self.temperatures is None else z/z.new_tensor(self.temperatures)[:,None]
+
+# %% ../nbs/21_policy.ipynb #3244de61
+def _policy_of(learn, policy):
+    "The policy that is given, or else the Learner's"
+    policy = ifnone(policy, getattr(learn, 'policy', None))
+    if policy is None:
+        raise ValueError("There is no policy that says when to stop; call `learn.fit_policy(budget=0.5)` first, "
+                         "or pass `policy=ExitPolicy([…])`")
+    return policy
+
+# %% ../nbs/21_policy.ipynb #184f2a31
 @patch
 def predict_early(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
     dl:DataLoader|None=None, # Batches to predict
     policy:ExitPolicy|None=None, # When to stop (None: what `fit_policy` found, or came with a network that was loaded)
-) -> tuple: # Probabilities `(n,n_out)`, targets `(n,)` or None, and index of the exit `(n,)`, in the order of the data set
+) -> tuple: # Probabilities `(n,n_out)`, targets `(n,)` or None, and index of the exit `(n,)`, in the data's order
     "Predict with early exit"
-    if (policy := ifnone(policy, getattr(self, 'policy', None))) is None: raise ValueError("There is no policy that says when to stop; call `learn.fit_policy(budget=0.5)` first, or pass `policy=ExitPolicy([…])`")
-    taken,dl = [],ifnone(dl, self.dls[ds_idx]).new(shuffle=False, drop_last=False)
-    def take(cb): taken.append(cb.learn.model.exit_idx.cpu())
-    with self.removed_cbs(self.cbs.filter(risinstance((EEDCallback, EnsemblePreds)))), replaced(self, 'metrics', L()), replaced(self, 'model', EarlyExitModel(self.model, policy)):
-        z,y = self.get_preds(dl=dl, reorder=False, act=noop, cbs=Callback(after_pred=take))
+    answers = EarlyExitModel(self.model, _policy_of(self, policy))
+    dl = ifnone(dl, self.dls[ds_idx]).new(shuffle=False, drop_last=False)
+    taken = []
+    def note_exits(cb): taken.append(cb.learn.model.exit_idx.cpu())
+    others = self.cbs.filter(risinstance((EEDCallback, EnsemblePreds)))
+    with self.removed_cbs(others), replaced(self, 'metrics', L()), replaced(self, 'model', answers):
+        z,y = self.get_preds(dl=dl, reorder=False, act=noop, cbs=Callback(after_pred=note_exits))
     return z.float().softmax(-1),y,torch.cat(taken)
 
-# %% ../nbs/21_policy.ipynb #b16bdbd9
+# %% ../nbs/21_policy.ipynb #a3f0bcd4
 @patch
 def exit_logits(self:Learner,
     dl:DataLoader|None=None, # Batches with targets (None: the validation data)
 ) -> tuple: # Logits `(n,n_exits,n_out)` in float32 and targets `(n,)`, on the CPU
     "What all exits say of labelled images, in the order of the data set"
     dl = ifnone(dl, self.dls.valid)
-    if dl.dataset is self.dls.train_ds: raise ValueError("These are the images that train; on them every exit is too good and too sure. Pass `dl=` with images that do not, such as `dls.valid` or `dls.test_dl(items, with_labels=True)`")
+    if dl.dataset is self.dls.train_ds:
+        raise ValueError("These are the images that train; on them every exit is too good and too sure. "
+                         "Pass `dl=` with images that do not, such as `dls.valid` or "
+                         "`dls.test_dl(items, with_labels=True)`")
     z,y = self.gather_exit_logits(dl, GatherExits())
-    if y is None: raise ValueError("These batches have no targets, so nothing can be fitted or judged on them; pass a labelled `dl`, such as `dls.test_dl(items, with_labels=True)`")
+    if y is None:
+        raise ValueError("These batches have no targets, so nothing can be fitted or judged on them; "
+                         "pass a labelled `dl`, such as `dls.test_dl(items, with_labels=True)`")
     return z.cpu(),y.cpu()
 
-# %% ../nbs/21_policy.ipynb #db3346d3
+# %% ../nbs/21_policy.ipynb #c4da5e32
 def random_halves(
     n:int, # Images
     seed:int=0, # Seed of the split
 ) -> tuple: # Indices of one half and of the other, in order
     "Who fits, and who judges"
-    return tuple(o.sort().values for o in torch.randperm(n, generator=torch.Generator().manual_seed(seed)).chunk(2))
+    if n<2:
+        raise ValueError(f"{n} image(s) cannot be halved, into some that fit and others that judge; "
+                         "pass a `dl` with two or more")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return tuple(o.sort().values for o in order.chunk(2))
 
-# %% ../nbs/21_policy.ipynb #113f6c10
+# %% ../nbs/21_policy.ipynb #3f658a46
+def _part_costs(model, dl, bs, in_ms):
+    "What the parts cost: milliseconds in batches of `bs`, or shares of the main network's multiply-adds"
+    x = dl.one_batch()[0][:bs]
+    if not in_ms:
+        macs = part_macs(model, x.shape[-2:])
+        return macs/alone_costs(macs)[-1]
+    if len(x)<bs:
+        raise ValueError(f"`bs` is {bs}, but a batch of the data has {len(x)} images; pass a `dl` with larger batches, "
+                         f"such as `dls.valid.new(bs={bs})`")
+    return part_times(model, x)
+
+# %% ../nbs/21_policy.ipynb #9615165c
+def _images(dl, rows):
+    "The images of `dl` at the indices `rows`, as one batch"
+    images = (o for b in dl.new(shuffle=False, drop_last=False) for o in b[0])
+    return torch.stack(list(itertools.islice(images, int(rows.max())+1)))[rows]
+
+# %% ../nbs/21_policy.ipynb #0251b29c
 def _measured_ms(policy, model, dl, rows, bs, n=256):
-    "Milliseconds for an image of `rows`, as it comes in batches of `bs`, mean of the first `n`; and for the main network alone, in turns"
-    images,first = (o for b in dl.new(shuffle=False, drop_last=False) for o in b[0]),rows[:n]
-    x = torch.stack(list(itertools.islice(images, int(first.max())+1)))[first].to(next(model.parameters()).device)
-    closed,batches = ExitPolicy([math.inf]*(unwrap(model).n_exits-1)),x.split(bs)
-    ms = [[milliseconds(partial(p, model, o)) for p in (policy, closed)] for o in batches[:3]+batches][-len(batches):]      # three to warm up
-    return dict(zip(('measured_ms', 'main_ms'), np.sum(ms, 0)/len(x)))
+    "Mean milliseconds for one of the first `n` images of `rows` in batches of `bs`; and for the main network alone"
+    main_only = ExitPolicy([math.inf]*(unwrap(model).n_exits-1))
+    batches = _images(dl, rows[:n]).to(next(model.parameters()).device).split(bs)
+    def both(x): return [milliseconds(partial(p, model, x)) for p in (policy, main_only)]
+    for x in batches[:3]:
+        both(x)                                          # to warm up
+    total = np.sum([both(x) for x in batches], 0)
+    return dict(zip(('measured_ms','main_ms'), total/sum(map(len, batches))))
 
-# %% ../nbs/21_policy.ipynb #a2132fc9
-def _report(policy, z, y, parts, target, limit, **more):
+# %% ../nbs/21_policy.ipynb #86d7327b
+def _outcome(policy, z, y, parts, target, limit, **times):
+    "A row of the report; `limit`: does an upper limit hold on these images?"
     r = policy_result(policy.scaled(z), y, policy.thresholds, parts, policy.score)
-    return dict(images=len(y), target=target, **r, worse_at_most=worst_share(round(r['worse']*len(y)), len(y)) if limit else None, **more)
+    worst = worst_share(round(r['worse']*len(y)), len(y)) if limit else None
+    return dict(images=len(y), target=target, **r, worse_at_most=worst, **times)
 
-# %% ../nbs/21_policy.ipynb #7a018bc4
+# %% ../nbs/21_policy.ipynb #63187956
+def _fit_and_judge(learn, dl, report_dl, seed):
+    "Logits and targets that fit; those that judge; and which rows of their data the latter are"
+    fit = learn.exit_logits(dl)
+    if report_dl is not None:
+        judge = learn.exit_logits(report_dl)
+        return fit, judge, torch.arange(len(judge[1]))
+    a,b = random_halves(len(fit[1]), seed)
+    return [o[a] for o in fit], [o[b] for o in fit], b
+
+# %% ../nbs/21_policy.ipynb #79457a9c
+def _check_aim(budget, ms, drop, calibrate):
+    "One aim, and one that goes with temperatures"
+    if sum(o is not None for o in (budget, ms, drop))!=1:
+        raise ValueError(f"Give one of `budget`, `ms` and `drop`; found budget={budget}, ms={ms}, drop={drop}")
+    if drop is not None and calibrate:
+        raise ValueError("`drop` does not go with `calibrate=True`: its limit holds for scores that are fixed before "
+                         "the data are seen, and temperatures would be fitted to them")
+
+# %% ../nbs/21_policy.ipynb #a5476206
 @patch
 def fit_policy(self:Learner,
     budget:float|None=None, # Mean cost of an image at most, as a share of the main network's multiply-adds (0.5: half)
     ms:float|None=None, # Or: milliseconds for an image at most, on this device
-    drop:float|None=None, # Or: accuracy to lose at most against the main network (0.01: one percentage point), with 95 % confidence
-    dl:DataLoader|None=None, # Labelled images that fit, with the transforms of validation (None: a half of the validation data)
+    drop:float|None=None, # Or: accuracy to lose at most against the main network (0.01: 1 point), with 95 % confidence
+    dl:DataLoader|None=None, # Labelled images that fit, transformed as for validation (None: half the validation data)
     report_dl:DataLoader|None=None, # Labelled images that judge (None: the other half of `dl`)
     score:Callable=max_prob, # How sure is an answer? As for `early_exit`
     family:Callable|None=None, # Which thresholds are tried; as for `exit_thresholds`
-    calibrate:bool|None=None, # Fit temperatures, too? (None: yes, but not for `drop`, whose limit holds for scores that are fixed beforehand)
+    calibrate:bool|None=None, # Fit temperatures, too? (None: yes, but not for `drop`, whose limit forbids it)
     bs:int=1, # Images in a batch, as they will come; for `ms`
     seed:int=0, # Of the halves
-) -> ExitPolicy: # Also kept as `learn.policy`; its `report` has the target and what came of it, costs as shares of the main network's, or in milliseconds
+) -> ExitPolicy: # Also kept as `learn.policy`; its `report` has the target and what came of it, in the target's unit
     "Find out when to stop, for a budget or for a loss of accuracy"
-    if sum(o is not None for o in (budget, ms, drop))!=1: raise ValueError(f"Give one of `budget`, `ms` and `drop`; found budget={budget}, ms={ms}, drop={drop}")
-    if drop is not None and calibrate: raise ValueError("`drop` does not go with `calibrate=True`: its limit holds for scores that are fixed before the data are seen, and temperatures would be fitted to them")
+    _check_aim(budget, ms, drop, calibrate)
     dl = ifnone(dl, self.dls.valid)
-    z,y = self.exit_logits(dl)
-    z2,y2 = (z,y) if report_dl is None else self.exit_logits(report_dl)
-    fit,rows = random_halves(len(y), seed) if report_dl is None else (torch.arange(len(y)),torch.arange(len(y2)))
-    x = dl.one_batch()[0][:bs]
-    if ms is not None and len(x)<bs: raise ValueError(f"`bs` is {bs}, but a batch of the data has {len(x)} images; pass a `dl` with larger batches, such as `dls.valid.new(bs={bs})`")
-    parts = part_times(self.model, x) if ms is not None else (macs := part_macs(self.model, x.shape[-2:]))/alone_costs(macs)[-1]       # or shares of the main network's
-    res = ExitPolicy(None, score, fit_temperatures(z[fit], y[fit]) if ifnone(calibrate, drop is None) else None)
-    res.thresholds = exit_thresholds(res.scaled(z[fit]), y[fit], parts, ifnone(budget, ms), drop, score, family)
-    target = ifnone(budget, ifnone(ms, drop))
-    more = {} if ms is None else _measured_ms(res, self.model, ifnone(report_dl, dl), rows, bs)
-    res.report = pd.DataFrame([_report(res, z[fit], y[fit], parts, target, limit=drop is not None),            # of images that were chosen by, a limit says nothing
-                               _report(res, z2[rows], y2[rows], parts, target, limit=True, **more)], index=['fitted','reported'])
-    self.policy = res
-    return res
+    (z,y),judge,rows = _fit_and_judge(self, dl, report_dl, seed)
+    parts = _part_costs(self.model, dl, bs, in_ms=ms is not None)
+    policy = ExitPolicy(None, score, fit_temperatures(z, y) if ifnone(calibrate, drop is None) else None)
+    policy.thresholds = exit_thresholds(policy.scaled(z), y, parts, ifnone(budget, ms), drop, score, family)
+    target = next(o for o in (budget, ms, drop) if o is not None)
+    times = {} if ms is None else _measured_ms(policy, self.model, ifnone(report_dl, dl), rows, bs)
+    fitted = _outcome(policy, z, y, parts, target, limit=drop is not None)
+    reported = _outcome(policy, *judge, parts, target, limit=True, **times)
+    policy.report = pd.DataFrame([fitted, reported], index=['fitted','reported'])
+    self.policy = policy
+    return policy
 
-# %% ../nbs/21_policy.ipynb #dbd91327
+# %% ../nbs/21_policy.ipynb #d9402f43
+def _draw_answers(axs, images, answers, wrong):
+    "One image on each of the axes, its answer above it; red if wrong"
+    for ax,image,answer,bad in zip(axs, images, answers, wrong):
+        ax.imshow(to_image(image), cmap='gray')
+        ax.text(.5, 1.03, answer, transform=ax.transAxes, ha='center', fontsize=8, color='red' if bad else 'black')
+
+# %% ../nbs/21_policy.ipynb #fa9cba1a
 @patch
 def show_early(self:Learner,
     n:int=6, # Images for each exit
@@ -121,13 +198,16 @@ def show_early(self:Learner,
     policy:ExitPolicy|None=None, # When to stop (None: what `fit_policy` found)
 ): # The figure
     "Images that left at each exit, the first of the data set, and their answers; wrong ones in red"
-    dl,names = ifnone(dl, self.dls.valid),unwrap(self.model).exit_names
-    with self.no_bar(): p,y,idx = self.predict_early(dl=dl, policy=policy)
-    pred,wrong = p.argmax(1),torch.zeros(len(p)) if y is None else p.argmax(1)!=y
-    fig,axs = plt.subplots(len(names), n, figsize=(n, 1.3*len(names)), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
+    dl = ifnone(dl, self.dls.valid)
+    names = unwrap(self.model).exit_names
+    with self.no_bar():
+        p,y,idx = self.predict_early(dl=dl, policy=policy)
+    pred = p.argmax(1)
+    wrong = torch.zeros(len(p)) if y is None else pred!=y
+    fig,axs = plt.subplots(len(names), n, figsize=(n, 1.6*len(names)), squeeze=False,
+                           subplot_kw=dict(xticks=[], yticks=[], frame_on=False, box_aspect=1))
     for i,(row,name) in enumerate(zip(axs, names)):
         row[0].set_title(f'{name}: {(idx==i).float().mean():.0%}', loc='left', fontsize=9, y=1.25)
-        for ax,j in zip(row, (idx==i).nonzero().flatten().tolist()):
-            ax.imshow(to_image(dl.dataset[j][0]), cmap='gray')
-            ax.text(.5, 1.03, self.dls.vocab[pred[j]], transform=ax.transAxes, ha='center', fontsize=8, color='red' if wrong[j] else 'black')
+        rows = (idx==i).nonzero().flatten().tolist()[:n]
+        _draw_answers(row, [dl.dataset[j][0] for j in rows], [self.dls.vocab[pred[j]] for j in rows], wrong[rows])
     return fig

@@ -5,48 +5,94 @@
 # %% auto #0
 __all__ = ['OnnxExits']
 
-# %% ../nbs/29_runtime.ipynb #4a472392
+# %% ../nbs/29_runtime.ipynb #56f6ed7b
 import json
 from pathlib import Path
 import numpy as np
-try: from eed_fastai.scores import named_scores
-except ImportError: from scores import named_scores      # beside the graphs, where there is no package
+try:
+    from eed_fastai.scores import named_scores
+except ImportError:                                      # beside the graphs, where there is no package
+    from scores import named_scores
 
-# %% ../nbs/29_runtime.ipynb #d00ac19f
+# %% ../nbs/29_runtime.ipynb #f74df53d
 class OnnxExits:
     "Stages and heads as ONNX graphs, run one after the other until every image has left"
     def __init__(self,
         folder, # That `export_onnx` wrote
         providers:tuple=('CPUExecutionProvider',), # Of onnxruntime
     ):
-        import onnxruntime
         folder = Path(folder)
         words = json.loads((folder/'exits.json').read_text())
-        self.n_exits,self.n_in,self.size,self.thresholds,self.score,self.temperatures,self.classes,self.stats = (words[o] for o in ('n_exits','n_in','size','thresholds','score','temperatures','classes','stats'))
-        names = [f'{o}{i}.onnx' for i in range(self.n_exits) for o in ('stage','head')]
-        if missing := [o for o in names if not (folder/o).is_file()]: raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the whole folder")
-        self.graphs = {o: onnxruntime.InferenceSession(str(folder/o), providers=list(providers)) for o in names}
+        for o in ('n_exits','n_in','size','thresholds','score','temperatures','classes','stats'):
+            setattr(self, o, words[o])
+        self._check_score()
+        self.graphs = self._load_graphs(folder, list(providers))
         self.n_out = self.graphs['head0.onnx'].get_outputs()[0].shape[1]
 
-    def run(self, name, x): return self.graphs[name].run(None, {'x': x})[0]
+    def _check_score(self):
+        "Is the score in the table, with its numpy form?"
+        score = named_scores.get(self.score)
+        if score is None or score.numpy is None:
+            known = [name for name,o in named_scores.items() if o.numpy is not None]
+            raise ValueError(f"exits.json names the score {self.score!r}, which is not known here "
+                             f"({', '.join(known)} are); if it is your own, put it into the table "
+                             f"before `OnnxExits` is made: `named_scores[{self.score!r}] = Score(None, …)`, "
+                             "with its numpy form")
+
+    def _load_graphs(self, folder, providers):
+        "Name of the file → session, for each stage and each head"
+        names = [f'{o}{i}.onnx' for i in range(self.n_exits) for o in ('stage','head')]
+        missing = [o for o in names if not (folder/o).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the whole folder")
+        import onnxruntime
+        return {o: onnxruntime.InferenceSession(str(folder/o), providers=providers) for o in names}
+
+    def run(self, name, x):
+        "What the graph in the file `name` gives for `x`"
+        return self.graphs[name].run(None, {'x': x})[0]
 
     def prepare(self, images):
-        "Images `(b,h,w,n_in)` of bytes, already of the right size, to what the network takes: `(b,n_in,h,w)`, normalised"
+        "Images `(b,h,w,n_in)` of bytes, of the right size, to what the network takes: `(b,n_in,h,w)`, normalised"
         mean,std = self.stats or ([0]*self.n_in, [1]*self.n_in)
         x = (np.asarray(images, np.float32)/255 - np.float32(mean))/np.float32(std)
         return np.ascontiguousarray(x.transpose(0,3,1,2), np.float32)
 
-    def __call__(self, x, thresholds=None):
-        "Logits `(b,n_out)`, divided by the exits' temperatures, and index of the exit `(b,)` for images `(b,n_in,h,w)`; a threshold of None, or above 1, closes an exit"
+    def _thresholds(self, thresholds):
+        "One for each exit but the last, infinite where an exit is closed"
         thresholds = self.thresholds if thresholds is None else list(thresholds)
-        if len(thresholds)!=self.n_exits-1: raise ValueError(f"{len(thresholds)} thresholds for {self.n_exits} exits; give one for each but the last")
-        rows,zs,out,idx = np.arange(len(x)),[],np.zeros((len(x), self.n_out), np.float32),np.full(len(x), self.n_exits-1)
-        for i in range(self.n_exits):
-            x,last = self.run(f'stage{i}.onnx', x),i==self.n_exits-1
-            if not last and (thresholds[i] is None or thresholds[i]>1): continue
-            zs.append(self.run(f'head{i}.onnx', x)/(self.temperatures[i] if self.temperatures else 1))
-            go = np.full(len(x), True) if last else named_scores[self.score].numpy(np.stack(zs, 1))>=thresholds[i]
-            out[rows[go]],idx[rows[go]] = zs[-1][go],i
-            if go.all(): break
-            if go.any(): x,rows,zs = x[~go],rows[~go],[z[~go] for z in zs]
+        if len(thresholds)!=self.n_exits-1:
+            raise ValueError(f"{len(thresholds)} thresholds for {self.n_exits} exits; give one for each but the last")
+        return [np.inf if t is None else t for t in thresholds]
+
+    def _logits(self, i, x):
+        "Logits of exit `i` for its maps `x`, divided by its temperature"
+        return self.run(f'head{i}.onnx', x)/(self.temperatures[i] if self.temperatures else 1)
+
+    def _leaves(self, zs, threshold):
+        "Which images are sure enough, from the logits of all open exits so far? At the last exit, all"
+        if threshold is None:
+            return np.full(len(zs[-1]), True)
+        return named_scores[self.score].numpy(np.stack(zs, 1))>=threshold
+
+    def __call__(self, x, thresholds=None):
+        "Logits `(b,n_out)` and index of the exit `(b,)` of images `(b,n_in,h,w)`; a threshold of None closes an exit"
+        out = np.zeros((len(x), self.n_out), np.float32)
+        idx = np.full(len(x), self.n_exits-1)
+        rows = np.arange(len(x))                             # where those who are still here were in the batch
+        zs = []                                              # their logits at the open exits so far
+        for i,threshold in enumerate([*self._thresholds(thresholds), None]):
+            x = self.run(f'stage{i}.onnx', x)
+            if threshold is not None and threshold>1:
+                continue
+            zs.append(self._logits(i, x))
+            go = self._leaves(zs, threshold)
+            out[rows[go]] = zs[-1][go]
+            idx[rows[go]] = i
+            if go.all():
+                break
+            if go.any():
+                x = x[~go]
+                rows = rows[~go]
+                zs = [z[~go] for z in zs]
         return out,idx

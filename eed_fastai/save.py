@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_multi_exit', 'load_multi_exit', 'write_policy']
 
-# %% ../nbs/27_save.ipynb #2825d58a
+# %% ../nbs/27_save.ipynb #39c01239
 import json, tempfile
 import safetensors.torch
 from fastai.vision.all import *
@@ -16,10 +16,69 @@ from .model import *
 from .costs import *
 from .policy import ExitPolicy
 from .records import write_whole
-from .scores import named_scores
 from .config import *
 
-# %% ../nbs/27_save.ipynb #8c5bdb98
+# %% ../nbs/27_save.ipynb #5eb90751
+def _head_to_config(head):
+    "A head in words: its name, and what it was made with"
+    if head['name'] not in named_heads:
+        raise ValueError(f"The head {head['name']} is none that a file may name ({', '.join(named_heads)}); keep "
+                         "such a network with `torch.save(model.state_dict(), …)` and the code that makes it")
+    return {k: head.get(k) for k in ('name','kwargs')}
+
+# %% ../nbs/27_save.ipynb #89c9243a
+def _costs_to_config(model, image_size, times):
+    "What the parts of a network cost, in words"
+    macs = {} if image_size is None else {'macs': part_macs(model, image_size).to_dict('list')}
+    return {**macs, **times_to_config(times)}
+
+# %% ../nbs/27_save.ipynb #22baca88
+def _describe(model, arch):
+    "How a network is made, in words"
+    made = model.made or {'head': {'name': None}}
+    head = _head_to_config(made['head'])
+    return dict(
+        format=config_format,
+        version=config_version,
+        arch=arch_to_config(made['arch'] if arch is None else describe_arch(arch)),
+        head=head,
+        n_out=model.n_out,
+        n_in=model.n_in,
+        cuts=made['cuts'] and list(made['cuts']),
+        n_exits=made['n_exits'],
+        kept=made['kept'],
+        size=made['size'],
+    )
+
+# %% ../nbs/27_save.ipynb #cc8dc761
+def _compare(model, again):
+    "An error if two networks do not answer alike"
+    copy = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    with evaluating(copy), evaluating(again):
+        x = probe_image(copy, copy.size)
+        ours = copy.all_exits(x).logits
+        theirs = again.to(x.dtype).all_exits(x).logits
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError("Made again from its description, the network gives other answers, so nothing was written. "
+                         "Was `arch=` what made it? Parts replaced after `multi_exit` are not described")
+
+# %% ../nbs/27_save.ipynb #0edf4b19
+def _write(model, folder, config):
+    "Write weights and words into `folder`, once they have made the same network again"
+    state = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items() if not k.startswith('method.')}
+    weights = safetensors.torch.save(state)
+    words = json.dumps(signed({**config, 'sha256': sha256_of(weights)}), indent=1)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as tmp:
+        (Path(tmp)/'model.safetensors').write_bytes(weights)
+        (Path(tmp)/'config.json').write_text(words)
+        _compare(model, load_multi_exit(tmp))
+        folder.mkdir(exist_ok=True)
+        for name in ('model.safetensors', 'config.json'):                                        # the words last
+            os.replace(Path(tmp)/name, folder/name)
+    return folder
+
+# %% ../nbs/27_save.ipynb #d75bcea9
 def save_multi_exit(
     model:MultiExitModel, # From `multi_exit`, with its heads built
     folder, # Where `config.json` and `model.safetensors` go; made if it is not there
@@ -31,82 +90,105 @@ def save_multi_exit(
     times:pd.DataFrame|None=None, # Milliseconds of the parts on this device, from `part_times`
 ) -> Path: # The folder
     "Write a network as numbers and words"
-    model,folder = unwrap(model, must=True),Path(folder).resolve()
+    model = unwrap(model, must=True)
     model.check_built()
-    if classes is not None and len(classes)!=model.n_out: raise ValueError(f"{len(classes)} names for {model.n_out} classes; `classes` needs one for each output")
-    made = model.made or {'head': {'name': None}}
-    head = {k: made['head'].get(k) for k in ('name','kwargs')}
-    if head['name'] not in named_heads: raise ValueError(f"The head {head['name']} is none that a file may name ({', '.join(named_heads)}); keep such a network with `torch.save(model.state_dict(), …)` and the code that makes it")
-    config = dict(format=config_format, version=config_version, arch=arch_to_config(made['arch'] if arch is None else describe_arch(arch)), head=head, n_out=model.n_out, n_in=model.n_in, cuts=made['cuts'] and list(made['cuts']), n_exits=made['n_exits'], kept=made['kept'],
-                  size=made['size'], classes=classes and [str(o) for o in classes], stats=stats and [[float(o) for o in s] for s in stats], image_size=image_size, policy=policy_to_config(policy),
-                  costs={**({} if image_size is None else {'macs': part_macs(model, image_size).to_dict('list')}), **times_to_config(times)}, eed_fastai=eed_fastai.__version__, torch=torch.__version__)
-    return _write(model, folder, config)
+    if classes is not None and len(classes)!=model.n_out:
+        raise ValueError(f"{len(classes)} names for {model.n_out} classes; `classes` needs one for each output")
+    config = dict(
+        **_describe(model, arch),
+        classes=classes and [str(o) for o in classes],
+        stats=stats and [[float(o) for o in s] for s in stats],
+        image_size=image_size,
+        policy=policy_to_config(policy),
+        costs=_costs_to_config(model, image_size, times),
+        eed_fastai=eed_fastai.__version__,
+        torch=torch.__version__,
+    )
+    return _write(model, Path(folder).resolve(), config)
 
-# %% ../nbs/27_save.ipynb #97a7e6e5
-def _write(model, folder, config):
-    weights = safetensors.torch.save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items() if not k.startswith('method.')})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as tmp:
-        (Path(tmp)/'model.safetensors').write_bytes(weights)
-        (Path(tmp)/'config.json').write_text(json.dumps(signed({**config, 'sha256': sha256_of(weights)}), indent=1))
-        _compare(model, load_multi_exit(tmp))
-        folder.mkdir(exist_ok=True)
-        for name in ('model.safetensors', 'config.json'): os.replace(Path(tmp)/name, folder/name)          # the words last
-    return folder
+# %% ../nbs/27_save.ipynb #d3ae0ca5
+def _looks_like_pickle(data):
+    "Do the bytes begin as a pickle or a zip archive, and not as safetensors, whose words begin at the ninth?"
+    return (data[:2]==b'PK' or data[:1]==b'\x80') and data[8:9]!=b'{'
 
-# %% ../nbs/27_save.ipynb #a7e5fe99
-def _compare(model, again):
-    copy = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-    with evaluating(copy), evaluating(again):
-        x = probe_image(copy, copy.size)
-        same = torch.allclose(copy.all_exits(x).logits, again.to(x.dtype).all_exits(x).logits, rtol=1e-3, atol=1e-3, equal_nan=True)
-    if not same: raise ValueError("Made again from its description, the network gives other answers, so nothing was written. Was `arch=` what made it? Parts replaced after `multi_exit` are not described")
-
-# %% ../nbs/27_save.ipynb #35095cfb
+# %% ../nbs/27_save.ipynb #b27ce177
 def _read_weights(folder, config):
     "The weights by name, after everything that can be known of them without making a network"
     file = Path(folder)/'model.safetensors'
-    if not file.is_file(): raise FileNotFoundError(f"There is no {file} beside config.json; copy the whole folder")
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file} beside config.json; copy the whole folder")
     data = file.read_bytes()
-    if (data[:2]==b'PK' or data[:1]==b'\x80') and data[8:9]!=b'{': raise ValueError(f"{file} is no safetensors file but looks like a pickle (what `torch.save` writes), which can run code when it is opened. It was not opened; ask for safetensors")
-    if sha256_of(data)!=config['sha256']: raise ValueError(f"{file} is not the file that config.json describes: its checksum does not fit. It was cut short or altered, or is of another network; copy both again")
-    try: return safetensors.torch.load(data)
-    except safetensors.SafetensorError as e: raise ValueError(f"{file} is no safetensors file ({e}); it was altered") from e
+    if _looks_like_pickle(data):
+        raise ValueError(f"{file} is no safetensors file but looks like a pickle (what `torch.save` writes), which can "
+                         "run code when it is opened. It was not opened; ask for safetensors")
+    if sha256_of(data)!=config['sha256']:
+        raise ValueError(f"{file} is not the file that config.json describes: its checksum does not fit. It was cut "
+                         "short or altered, or is of another network; copy both again")
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"{file} is no safetensors file ({e}); it was altered") from e
 
-# %% ../nbs/27_save.ipynb #b389c483
+# %% ../nbs/27_save.ipynb #d8b3d639
+def _conv_weights(arch, n_in):
+    "How many weights the convolutions of a network have, counted without making them"
+    with torch.device('meta'):
+        net = create_network(arch, False, n_in) if isinstance(arch, str) else arch()
+    return sum(p.numel() for p in net.parameters() if p.ndim==4)
+
+# %% ../nbs/27_save.ipynb #1d151ee3
 def _check_size(arch, config, state):
     "No network is made that has more weights than the file"
-    with torch.device('meta'): n = sum(p.numel() for p in (create_network(arch, False, config['n_in']) if isinstance(arch, str) else arch()).parameters() if p.ndim==4)
-    largest = max((s for v in state.values() for s in v.shape), default=0)
-    if any(type(v) is not int or not 0<v<=largest for v in config['head']['kwargs'].values()): raise ValueError(f"config.json describes heads of {config['head']['kwargs']}, which the weights in model.safetensors do not have; it was altered")
-    held,last = sum(v.numel() for v in state.values()),[v.shape[0] for k,v in state.items() if k.startswith('heads.') and k.endswith('.bias')]
-    if n>held: raise ValueError(f"config.json describes a network of {n:,} weights, but model.safetensors holds {held:,}; it was altered")
-    if config['n_out'] not in last: raise ValueError(f"config.json says {config['n_out']:,} classes, but no head in model.safetensors has so many; it was altered")
+    n = _conv_weights(arch, config['n_in'])
+    head = config['head']['kwargs']
+    largest = max((side for v in state.values() for side in v.shape), default=0)
+    if any(type(v) is not int or not 0<v<=largest for v in head.values()):
+        raise ValueError(f"config.json describes heads of {head}, which the weights in model.safetensors do not have; "
+                         "it was altered")
+    held = sum(v.numel() for v in state.values())
+    if n>held:
+        raise ValueError(f"config.json describes a network of {n:,} weights, but model.safetensors holds {held:,}; "
+                         "it was altered")
+    if config['n_out'] not in [v.shape[0] for k,v in state.items() if k.startswith('heads.') and k.endswith('.bias')]:
+        raise ValueError(f"config.json says {config['n_out']:,} classes, but no head in model.safetensors has so many; "
+                         "it was altered")
 
-# %% ../nbs/27_save.ipynb #9f3a5bf5
+# %% ../nbs/27_save.ipynb #1db38307
+def _made_again(arch, config):
+    "The network that a description asks for, its numbers still at random"
+    head = named_heads[config['head']['name']]
+    if config['head']['kwargs']:
+        head = partial(head, **config['head']['kwargs'])
+    n_out = config['n_out']
+    if config['kept']:                               # the module keeps its own classifier
+        arch = create_network(arch, False, config['n_in'])
+        n_out = None
+    asked = {k: config[k] for k in ('n_in','cuts','size','n_exits')}
+    return multi_exit(arch, n_out, head=head, **asked)
+
+# %% ../nbs/27_save.ipynb #af8671c5
 def load_multi_exit(
     folder, # Where `save_multi_exit` wrote
 ) -> MultiExitModel: # In eval mode, on the CPU; `config` is what the file says, `policy` when to stop (or None)
     "Read a network from numbers and words; nothing is downloaded, and no code from the files is run"
     config = read_config(folder)
-    state,arch = _read_weights(folder, config),network_from_config(config['arch'])
+    state = _read_weights(folder, config)
+    arch = network_from_config(config['arch'])
     try:
         _check_size(arch, config, state)
         model = _made_again(arch, config)
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, IndexError, KeyError) as e: raise ValueError(f"The weights in {folder} do not fit the network that config.json describes: {str(e)[:300]}") from e
-    model.config,words = config,config['policy']
-    if words and len(words['thresholds'])!=model.n_exits-1: raise ValueError(f"config.json has {len(words['thresholds'])} thresholds for {model.n_exits} exits; it was altered")
-    model.policy = words and ExitPolicy([math.inf if t is None else t for t in words['thresholds']], named_scores[words['score']].torch, words['temperatures'])
+    except (RuntimeError, TypeError, IndexError, KeyError) as e:
+        raise ValueError(f"The weights in {folder} do not fit the network that config.json describes: "
+                         f"{str(e)[:300]}") from e
+    model.config = config
+    model.policy = policy_from_config(config['policy'])
+    if model.policy and len(model.policy.thresholds)!=model.n_exits-1:
+        raise ValueError(f"config.json has {len(model.policy.thresholds)} thresholds for {model.n_exits} exits; "
+                         "it was altered")
     return model.eval()
 
-# %% ../nbs/27_save.ipynb #67723b7c
-def _made_again(arch, config):
-    head,kw = named_heads[config['head']['name']],config['head']['kwargs']
-    if config['kept']: arch = create_network(arch, False, config['n_in'])
-    return multi_exit(arch, None if config['kept'] else config['n_out'], n_in=config['n_in'], cuts=config['cuts'], head=partial(head, **kw) if kw else head, size=config['size'], n_exits=config['n_exits'])
-
-# %% ../nbs/27_save.ipynb #cfc52239
+# %% ../nbs/27_save.ipynb #cd265652
 def write_policy(
     folder, # Where `save_multi_exit` wrote
     policy:ExitPolicy|None, # When to stop
@@ -116,4 +198,5 @@ def write_policy(
     config = read_config(folder)
     config['policy'] = policy_to_config(policy)
     config['costs'] |= times_to_config(times)
-    write_whole(Path(folder)/'config.json', lambda p: p.write_text(json.dumps(signed(config), indent=1)))
+    words = json.dumps(signed(config), indent=1)
+    write_whole(Path(folder)/'config.json', lambda p: p.write_text(words))

@@ -286,7 +286,7 @@ def test_rows_of_probabilities_are_targets():
 
 def test_rows_of_probabilities_are_looked_at_once(monkeypatch):
     asked = []
-    monkeypatch.setattr('eed_fastai.task.are_probs', lambda y: asked.append(y) or True)
+    monkeypatch.setattr('eed_fastai.callback.are_probs', lambda y: asked.append(y) or True)
     learn = Learner(
         raw_dls(torch.rand(8, 3, 32, 32), torch.rand(8, 3).softmax(1), bs=2),
         multi_exit(tiny_resnet, n_out=3),
