@@ -1,4 +1,4 @@
-"""Seconds for a training step: the reference's, ours by hand, ours in a Learner, and the plain network; and how cost grows.
+"""Seconds for a training step: the reference's, ours by hand and in a Learner, and the plain network; how cost grows.
 
     python benchmarks/speed.py                     # cifar_resnet18 at batch 64, and a tiny network, on this machine
     python benchmarks/speed.py --growth            # time and memory against exits, classes, image size and batch
@@ -7,6 +7,7 @@
 Ratios are taken within one run: the variants take turns, round by round, and each figure is the median over the rounds.
 Rows go to `results/speed.csv` and `results/growth.csv`. Time nothing else meanwhile.
 """
+
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -14,70 +15,121 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fastai.vision.all import *
 from fastcore.script import *
 
-from cifar100 import checkout, hardware, here, sgd
+from cifar100 import here, sgd
 from eed_fastai.all import *
-from eed_fastai.records import add_row
 
-def sync(): torch.cuda.synchronize() if torch.cuda.is_available() else None
+def sync():
+    "Wait until the GPU has done what was asked of it"
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+def seconds_of(f):
+    "Seconds of one call"
+    sync()
+    start = time.perf_counter()
+    f()
+    sync()
+    return time.perf_counter()-start
 
 # --- networks and data ------------------------------------------------------------------------------------------------
 
+def conv_bn_relu(ni, nf, stride):
+    "A 3×3 convolution, batch norm and ReLU"
+    return nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
+
 def tiny(n_in=3):
     "Three convolutions, so small that a step is mostly the host's own work"
-    conv = lambda i, o, s: nn.Sequential(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-    return nn.Sequential(conv(n_in,8,1), nn.Conv2d(8,8,3,1,1), nn.ReLU(), nn.Conv2d(8,8,3,2,1), nn.ReLU(), nn.Conv2d(8,8,3,2,1), nn.ReLU())
+    return nn.Sequential(
+        conv_bn_relu(n_in, 8, 1),
+        nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
+    )
 
-networks = {'cifar_resnet18': (cifar_resnet18, 32, 64, 100), 'tiny': (tiny, 16, 64, 10)}      # makes it, side, batch, classes
+# Name → what makes it, side of its images, batch, classes
+networks = {'cifar_resnet18': (cifar_resnet18, 32, 64, 100), 'tiny': (tiny, 16, 64, 10)}
 
 def random_dls(n, bs, size=32, n_out=100, device=None):
     "`n` batches of noise through the package's own loader, so that its cost is in every figure"
     rng = np.random.default_rng(0)
-    part = rng.integers(0, 256, (n*bs,size,size,3), dtype=np.uint8),rng.integers(0, n_out, n*bs)
-    return array_dls(part, (part[0][:bs], part[1][:bs]), vocab=range_of(range(n_out)), bs=bs, device=device)
+    images = rng.integers(0, 256, (n*bs, size, size, 3), dtype=np.uint8)
+    classes = rng.integers(0, n_out, n*bs)
+    one_batch = images[:bs], classes[:bs]
+    return array_dls((images, classes), one_batch, vocab=range_of(range(n_out)), bs=bs, device=device)
 
 # --- the steps --------------------------------------------------------------------------------------------------------
 
-def reference_loss(z, f, y):
-    "The reference's objective with its default settings, exit by exit: CE, MSE to the mean logits, masked MSE to the mean feature"
-    zs,fs = z.unbind(1),f.unbind(1)
-    zt,ft = (sum(zs)/len(zs)).detach(),(sum(fs)/len(fs)).detach()
-    loss = sum(F.cross_entropy(o, y) for o in zs) + sum(F.mse_loss(o, zt) for o in zs)
-    return loss + sum(((o-ft)**2 * ((o>0) | (ft>0)).float()).mean() for o in fs)
+def masked_mse(f, target):
+    "The reference's feature loss: where both are at most 0, nothing counts"
+    counts = ((f>0) | (target>0)).float()
+    return ((f-target)**2 * counts).mean()
 
-def eed_loss(z, f, y): return exit_ce(z, y) + logit_mse(z, ensemble_teacher(z.detach()))
-def eed_feat_loss(z, f, y): return eed_loss(z, f, y) + feat_mse(f, ensemble_teacher(f.detach()))
+def reference_loss(z, f, y):
+    "The reference's objective with its defaults: CE, MSE to the mean logits, masked MSE to the mean feature, by exit"
+    zs = z.unbind(1)
+    fs = f.unbind(1)
+    mean_logits = (sum(zs)/len(zs)).detach()
+    mean_feature = (sum(fs)/len(fs)).detach()
+    labels = sum(F.cross_entropy(o, y) for o in zs)
+    logits = sum(F.mse_loss(o, mean_logits) for o in zs)
+    features = sum(masked_mse(o, mean_feature) for o in fs)
+    return labels + logits + features
+
+def eed_loss(z, f, y):
+    "EED's objective with α = 1 and β = 0"
+    return exit_ce(z, y) + logit_mse(z, ensemble_teacher(z.detach()))
+
+def eed_feat_loss(z, f, y):
+    "EED's objective with α = 1 and β = 1"
+    return eed_loss(z, f, y) + feat_mse(f, ensemble_teacher(f.detach()))
+
+def loss_of_batch(model, loss, x, y):
+    "`loss` of all exits, or without one the main network's cross entropy"
+    if loss is None:
+        return F.cross_entropy(model(x).float(), y)
+    z, f = model.all_exits(x)
+    return loss(z.float(), f.float(), y)
 
 def by_hand(model, loss, dls, amp=False):
     "An epoch of a plain PyTorch loop, as a function"
     opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     def epoch():
         model.train()
-        for x,y in dls.train:
-            x,y = x.as_subclass(Tensor),y.as_subclass(Tensor)
+        for x, y in dls.train:
+            x = x.as_subclass(Tensor)
+            y = y.as_subclass(Tensor)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                if loss is None: l = F.cross_entropy(model(x).float(), y)
-                else:
-                    z,f = model.all_exits(x)
-                    l = loss(z.float(), f.float(), y)
-            l.backward(); opt.step(); opt.zero_grad()
+                of_batch = loss_of_batch(model, loss, x, y)
+            of_batch.backward()
+            opt.step()
+            opt.zero_grad()
     return epoch
 
 class SmoothOnDevice(AvgSmoothLoss):
-    "fastai's smoothed loss, kept where the loss is: fastai copies it to the CPU after each batch, and so waits for the GPU"
+    "fastai's smoothed loss, kept where the loss is: fastai copies it to the CPU each batch, and so waits for the GPU"
     def accumulate(self, learn):
+        "Take a batch's loss in"
         self.count += 1
-        self.val = torch.lerp(learn.loss.detach().mean(), self.val.to(learn.loss.device, learn.loss.dtype), self.beta)
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(learn.loss.device, learn.loss.dtype), self.beta)
+
+class TrainOnly(Callback):
+    "Training without validation"
+    def before_validate(self):
+        "Skip the validation"
+        raise CancelValidException
 
 def in_learner(model, cbs, dls, amp=False, on_device=False):
     "An epoch of training in a Learner, without validation, as a function"
     learn = Learner(dls, model, opt_func=sgd, lr=0.01, wd=5e-4, wd_bn_bias=True, cbs=cbs)
-    if amp: learn.to_bf16()
-    if on_device: learn.recorder.smooth_loss = SmoothOnDevice()
-    class TrainOnly(Callback):
-        def before_validate(self): raise CancelValidException
+    if amp:
+        learn.to_bf16()
+    if on_device:
+        learn.recorder.smooth_loss = SmoothOnDevice()
     learn.add_cb(TrainOnly())
     def epoch():
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
     return epoch
 
 def variants(arch, n_out, dls, amp=False, compile=False):
@@ -85,147 +137,232 @@ def variants(arch, n_out, dls, amp=False, compile=False):
     def model(channels_last=False):
         torch.manual_seed(0)
         m = multi_exit(arch, n_out).to(dls.device)
-        if channels_last: m = m.to(memory_format=torch.channels_last)
-        if compile: m.compile(); m.all_exits = torch.compile(m.all_exits)
+        if channels_last:
+            m = m.to(memory_format=torch.channels_last)
+        if compile:
+            m.compile()
+            m.all_exits = torch.compile(m.all_exits)
         return m
-    feat = dict(alpha=1., beta=1.)
-    return {'reference step':                 by_hand(model(), reference_loss, dls, amp),
-            'by hand':                        by_hand(model(), eed_feat_loss, dls, amp),
-            'by hand, channels-last':         by_hand(model(True), eed_feat_loss, dls, amp),
-            'Learner':                        in_learner(model(), EEDCallback(**feat), dls, amp),
-            'Learner, channels-last':         in_learner(model(True), EEDCallback(**feat), dls, amp),
-            'Learner, channels-last, β=0':    in_learner(model(True), EEDCallback(), dls, amp),
-            'Learner, channels-last, loss stays on device': in_learner(model(True), EEDCallback(**feat), dls, amp, True),
-            'joint CE in Learner, channels-last': in_learner(model(True), EEDCallback(alpha=0.), dls, amp),
-            'plain by hand':                  by_hand(model(), None, dls, amp),
-            'plain in Learner':               in_learner(model(), [], dls, amp),
-            'plain in Learner, channels-last': in_learner(model(True), [], dls, amp)}
+    def hand(loss, channels_last=False):
+        return by_hand(model(channels_last), loss, dls, amp)
+    def learner(cbs, channels_last=False, on_device=False):
+        return in_learner(model(channels_last), cbs, dls, amp, on_device)
+    def with_features():
+        return EEDCallback(alpha=1., beta=1.)
+    return {
+        'reference step': hand(reference_loss),
+        'by hand': hand(eed_feat_loss),
+        'by hand, channels-last': hand(eed_feat_loss, True),
+        'Learner': learner(with_features()),
+        'Learner, channels-last': learner(with_features(), True),
+        'Learner, channels-last, β=0': learner(EEDCallback(), True),
+        'Learner, channels-last, loss stays on device': learner(with_features(), True, on_device=True),
+        'joint CE in Learner, channels-last': learner(EEDCallback(alpha=0.), True),
+        'plain by hand': hand(None),
+        'plain in Learner': learner([]),
+        'plain in Learner, channels-last': learner([], True),
+    }
+
+# --- timing -----------------------------------------------------------------------------------------------------------
 
 def measure(epochs, rounds, n):
     "Median seconds for a batch of each variant, taking turns, and its peak memory in MB on a GPU"
-    times,memory = {k: [] for k in epochs},{}
+    times = {name: [] for name in epochs}
+    memory = {}
     for i in range(rounds+1):
-        for name,epoch in epochs.items():
-            if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-            sync(); start = time.perf_counter()
-            epoch()
-            sync()
-            if i: times[name].append((time.perf_counter()-start)/n)       # the first round warms up
-            if torch.cuda.is_available(): memory[name] = torch.cuda.max_memory_allocated()/2**20
-    df = pd.DataFrame(dict(seconds={k: float(np.median(v)) for k,v in times.items()}, fastest={k: min(v) for k,v in times.items()}, peak_memory=memory or None))
+        for name, epoch in epochs.items():
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            seconds = seconds_of(epoch)
+            if i>0:                     # the first round warms up
+                times[name].append(seconds/n)
+            if torch.cuda.is_available():
+                memory[name] = torch.cuda.max_memory_allocated()/2**20
+    medians = {name: float(np.median(v)) for name, v in times.items()}
+    fastest = {name: min(v) for name, v in times.items()}
+    df = pd.DataFrame(dict(seconds=medians, fastest=fastest, peak_memory=memory or None))
     df.attrs['rounds'] = times
     return df
 
-def steps(name, rounds, n, amp=False, compile=False, bs=None):
-    arch,size,bs_,n_out = networks[name]
-    bs = bs or bs_
+def time_steps(name, rounds, n, amp=False, compile=False, bs=None):
+    "A row for each variant of a training step on a network; the seconds of all rounds are in `attrs`"
+    arch, size, own_bs, n_out = networks[name]
+    bs = bs or own_bs
     dls = random_dls(n, bs, size, n_out)
-    df = measure(variants(arch, n_out, dls, amp, compile), rounds, n)
-    df['ratio'] = df.seconds/df.seconds['reference step']
-    times = df.attrs['rounds']
-    df = df.rename_axis('variant').reset_index().assign(network=name, bs=bs, amp=amp, compile=compile)
-    df.attrs['rounds'] = times
+    measured = measure(variants(arch, n_out, dls, amp, compile), rounds, n)
+    measured['ratio'] = measured.seconds/measured.seconds['reference step']
+    df = measured.rename_axis('variant').reset_index().assign(network=name, bs=bs, amp=amp, compile=compile)
+    df.attrs['rounds'] = measured.attrs['rounds']
     return df
+
+# --- what the callback adds -------------------------------------------------------------------------------------------
 
 def callback_ms(times):
-    "Milliseconds a batch that the callback adds to bare fastai, beyond the mathematics: (Learner − by hand) with exits, less the same without. Median over rounds, and half the range of its middle half"
-    t = {k: 1000*np.array(v) for k,v in times.items()}
-    d = (t['Learner']-t['by hand']) - (t['plain in Learner']-t['plain by hand'])
-    return np.median(d),(np.quantile(d, .75)-np.quantile(d, .25))/2
+    "Milliseconds a batch that the callback adds, beyond the mathematics: median, and half of its middle half's range"
+    ms = {name: 1000*np.array(v) for name, v in times.items()}
+    learner_with_exits = ms['Learner']-ms['by hand']
+    learner_without = ms['plain in Learner']-ms['plain by hand']
+    added = learner_with_exits - learner_without
+    return np.median(added), (np.quantile(added, .75)-np.quantile(added, .25))/2
 
-def callback_in_place(rounds=5, n=100):
-    "Milliseconds a batch spent in the callback's own events, and in the same objective by hand, each timed where it runs; medians over all batches"
-    arch,size,bs,n_out = networks['tiny']
-    dls,own,hand = random_dls(n, bs, size, n_out),[],[]
+@contextmanager
+def timed_callback(seconds):
+    "Meanwhile `seconds` gets, for each training batch, the time spent in the events of EEDCallback"
     original = EEDCallback.__call__
     def timed(self, event):
-        if event=='before_batch' and self.training: own.append(0.)
+        if event=='before_batch' and self.training:
+            seconds.append(0.)
         start = time.perf_counter()
-        try: return original(self, event)
+        try:
+            return original(self, event)
         finally:
-            if own and self.training: own[-1] += time.perf_counter()-start
-    def loss(z, f, y):
-        start = time.perf_counter()
-        res = eed_feat_loss(z, f, y)
-        hand.append(time.perf_counter()-start)
-        return res
-    epochs = in_learner(multi_exit(arch, n_out), EEDCallback(beta=1.), dls),by_hand(multi_exit(arch, n_out), loss, dls)
+            if seconds and self.training:
+                seconds[-1] += time.perf_counter()-start
     EEDCallback.__call__ = timed
     try:
+        yield
+    finally:
+        EEDCallback.__call__ = original
+
+def callback_in_place(rounds=5, n=100):
+    "Median milliseconds a batch in the callback's own events, and in the same objective by hand, each timed in place"
+    arch, size, bs, n_out = networks['tiny']
+    dls = random_dls(n, bs, size, n_out)
+    in_callback = []
+    in_loss = []
+    def timed_loss(z, f, y):
+        start = time.perf_counter()
+        loss = eed_feat_loss(z, f, y)
+        in_loss.append(time.perf_counter()-start)
+        return loss
+    with_callback = in_learner(multi_exit(arch, n_out), EEDCallback(beta=1.), dls)
+    without = by_hand(multi_exit(arch, n_out), timed_loss, dls)
+    with timed_callback(in_callback):
         for _ in range(rounds):
-            for e in epochs: e()
-    finally: EEDCallback.__call__ = original
-    return 1000*np.median(own),1000*np.median(hand)
+            with_callback()
+            without()
+    return 1000*np.median(in_callback), 1000*np.median(in_loss)
 
 # --- data path, matrix rate -------------------------------------------------------------------------------------------
+
+def second_time(f):
+    "Seconds of the second of two calls; the first warms up"
+    f()
+    return seconds_of(f)
 
 def data_rate(bs=128, n=60):
     "Images a second that the loader alone gives, cropped, mirrored and normalised"
     dls = random_dls(n, bs)
-    for _ in range(2):
-        sync(); start = time.perf_counter()
-        for xb,_ in dls.train: pass
-        sync(); rate = n*bs/(time.perf_counter()-start)
-    return rate
+    def read_all():
+        for _ in dls.train:
+            pass
+    return n*bs/second_time(read_all)
 
 def matrix_rate(dtype, size=4096 if torch.cuda.is_available() else 1024, n=10):
     "FLOP a second of a square matrix product, the ceiling that a step is held against"
     a = torch.randn(size, size, device=default_device()).to(dtype)
-    for _ in range(2):
-        sync(); start = time.perf_counter()
-        for _ in range(n): a@a
-        sync(); rate = 2*size**3*n/(time.perf_counter()-start)
-    return rate
+    def products():
+        for _ in range(n):
+            a@a
+    return 2*size**3*n/second_time(products)
 
 def step_flop(arch, n_out, size, bs):
     "FLOP of a training step with all exits: three times the forward's, two for each multiply-add"
-    return 6*bs*int(exit_costs(multi_exit(arch, n_out), size, ensemble=True).macs.iloc[-1])
+    macs = exit_costs(multi_exit(arch, n_out), size, ensemble=True).macs.iloc[-1]
+    return 6*bs*int(macs)
 
 # --- growth -----------------------------------------------------------------------------------------------------------
 
+grid = dict(exits=(2, 3, 4), n_out=(10, 100, 1000, 10000), size=(32, 64, 96), bs=(16, 64, 256))
+
 def saved_mb(model, x, all_exits):
     "Megabytes that the forward keeps for the backward, parameters not counted"
-    own,seen = {p.untyped_storage().data_ptr() for p in model.parameters()},{}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
     def pack(t):
-        if t.untyped_storage().data_ptr() not in own: seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): keep = model.all_exits(x) if all_exits else model(x)
-    return sum(seen.values())/2**20
+    def unpack(t): return t
+    forward = model.all_exits if all_exits else model
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        forward(x)
+    return sum(kept.values())/2**20
+
+def grow_to(width, rounds, exits, n_out, size, bs):
+    "Seconds, megabytes and parameters of a step, with and without exits"
+    cuts = ['layer1', 'layer2', 'layer3'][4-exits:]
+    def make(): return multi_exit(partial(cifar_resnet18, width=width), n_out, cuts=cuts)
+    n = 3
+    dls = random_dls(n, bs, size, n_out)
+    model = make().to(dls.device)
+    x = dls.one_batch()[0].as_subclass(Tensor)
+    steps = {'eed': in_learner(make(), EEDCallback(), dls), 'plain': in_learner(make(), [], dls)}
+    seconds = measure(steps, rounds, n).seconds
+    return dict(
+        eed_s=seconds['eed'],
+        plain_s=seconds['plain'],
+        eed_mb=saved_mb(model, x, True),
+        plain_mb=saved_mb(model, x, False),
+        eed_params=total_params(model)[0],
+        plain_params=total_params(model.upto(-1))[0],
+    )
 
 def grow(what, values, rounds, width=16, exits=4, n_out=100, size=32, bs=64):
-    "Seconds and megabytes of a step, with and without exits, as one thing grows"
+    "Rows of a step's seconds and megabytes, with and without exits, as one thing grows"
+    usual = dict(exits=exits, n_out=n_out, size=size, bs=bs)
     rows = []
-    for v in values:
-        kw = {**dict(exits=exits, n_out=n_out, size=size, bs=bs), what: v}
-        net = partial(cifar_resnet18, width=width)
-        make = lambda: multi_exit(net, kw['n_out'], cuts=['layer1','layer2','layer3'][4-kw['exits']:])
-        dls = random_dls(3, kw['bs'], kw['size'], kw['n_out'])
-        m,x = make().to(dls.device),dls.one_batch()[0].as_subclass(Tensor)
-        df = measure({'eed': in_learner(make(), EEDCallback(), dls), 'plain': in_learner(make(), [], dls)}, rounds, 3)
-        rows.append(dict(what=what, value=v, eed_s=df.seconds['eed'], plain_s=df.seconds['plain'], eed_mb=saved_mb(m, x, True), plain_mb=saved_mb(m, x, False), eed_params=total_params(m)[0], plain_params=total_params(m.upto(-1))[0]))
+    for value in values:
+        cost = grow_to(width, rounds, **usual | {what: value})
+        rows.append(dict(what=what, value=value, **cost))
         print(pd.DataFrame(rows[-1:]).round(4).to_string(index=False, header=len(rows)==1), flush=True)
     return rows
 
-grid = dict(exits=(2,3,4), n_out=(10,100,1000,10000), size=(32,64,96), bs=(16,64,256))
+def grow_all(rounds, write):
+    "The rows of `grid`, one thing after the other"
+    rows = [row for what, values in grid.items() for row in grow(what, values, rounds)]
+    if write:
+        write_rows('growth.csv', pd.DataFrame(rows))
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 def write_rows(name, df):
     "Rows with commit, versions and hardware, behind those that are there"
-    df = df.assign(commit=checkout(here), hardware=hardware(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
+    today = time.strftime('%Y-%m-%d')
+    df = df.assign(commit=checkout(here), hardware=hardware(), torch=torch.__version__, date=today)
     file = here/'results'/name
     file.parent.mkdir(exist_ok=True)
-    for row in df.round(6).to_dict('records'): add_row(file, row)
+    for row in df.round(6).to_dict('records'):
+        add_row(file, row)
 
 def epoch_seconds(rounds, bs=128):
     "Seconds for an epoch of 50,000 images, fp32 against bf16, with and without torch.compile"
     n = 391
-    for amp,compile in ((False,False), (True,False), (True,True)):
-        df = steps('cifar_resnet18', rounds, n, amp, compile, bs)
+    for amp, compile in ((False, False), (True, False), (True, True)):
+        df = time_steps('cifar_resnet18', rounds, n, amp, compile, bs)
         df['epoch_seconds'] = df.seconds*n
-        df['share_of_matrix_rate'] = step_flop(cifar_resnet18, 100, 32, bs)/df.seconds/matrix_rate(torch.bfloat16 if amp else torch.float32)
+        flop_a_second = step_flop(cifar_resnet18, 100, 32, bs)/df.seconds
+        df['share_of_matrix_rate'] = flop_a_second/matrix_rate(torch.bfloat16 if amp else torch.float32)
         print(df.round(4).to_string(index=False), flush=True)
         write_rows('speed.csv', df)
+
+def print_callback_cost(times):
+    "Print what the callback adds to a step: as a difference of loops, and timed in place"
+    added, spread = callback_ms(times)
+    print(f'The callback adds {added:.2f} ms a batch to bare fastai, beyond the mathematics '
+          f'(± {spread:.2f} from round to round)', flush=True)
+    in_callback, in_loss = callback_in_place()
+    print(f'Timed in place, its events take {in_callback:.2f} ms a batch, '
+          f'and the same objective by hand {in_loss:.2f} ms', flush=True)
+
+def print_rates():
+    "Print what the loader and a matrix product reach on this machine"
+    print(f'The data path alone gives {data_rate():,.0f} images a second')
+    rate = matrix_rate(torch.float32)/1e9
+    step = step_flop(cifar_resnet18, 100, 32, 64)/1e9
+    print(f'A matrix product runs at {rate:,.0f} GFLOP/s here; '
+          f'a step of cifar_resnet18 with all exits takes {step:,.0f} GFLOP')
 
 @call_parse
 def main(
@@ -238,16 +375,18 @@ def main(
     write:bool=False, # Append the rows to `results`
 ):
     "Time training steps"
-    if threads: torch.set_num_threads(threads)
-    if epochs: return epoch_seconds(rounds)
+    if threads:
+        torch.set_num_threads(threads)
+    if epochs:
+        return epoch_seconds(rounds)
     if growth:
-        df = pd.DataFrame(sum((grow(k, v, rounds) for k,v in grid.items()), []))
-        return write_rows('growth.csv', df) if write else None
+        return grow_all(rounds, write)
     for name in [network] if network else networks:
-        df = steps(name, rounds, n*50 if name=='tiny' else n)
-        print(df[['network','bs','variant','seconds','fastest','ratio']].round(5).to_string(index=False), flush=True)
-        if name=='tiny': print('The callback adds {:.2f} ms a batch to bare fastai, beyond the mathematics (± {:.2f} from round to round)'.format(*callback_ms(df.attrs['rounds'])), flush=True)
-        if name=='tiny': print('Timed in place, its events take {:.2f} ms a batch, and the same objective by hand {:.2f} ms'.format(*callback_in_place()), flush=True)
-        if write: write_rows('speed.csv', df)
-    print(f'The data path alone gives {data_rate():,.0f} images a second')
-    print(f'A matrix product runs at {matrix_rate(torch.float32)/1e9:,.0f} GFLOP/s here; a step of cifar_resnet18 with all exits takes {step_flop(cifar_resnet18, 100, 32, 64)/1e9:,.0f} GFLOP')
+        df = time_steps(name, rounds, n*50 if name=='tiny' else n)
+        shown = df[['network', 'bs', 'variant', 'seconds', 'fastest', 'ratio']]
+        print(shown.round(5).to_string(index=False), flush=True)
+        if name=='tiny':
+            print_callback_cost(df.attrs['rounds'])
+        if write:
+            write_rows('speed.csv', df)
+    print_rates()

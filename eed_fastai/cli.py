@@ -29,27 +29,62 @@ from .records import hardware, write_whole
 from .save import *
 from .onnx import *
 
-# %% ../nbs/30_cli.ipynb #89fe6b23
+# %% ../nbs/30_cli.ipynb #938a2b35
+def _check_cifar100_size(size):
+    "Complain about another size than CIFAR-100's own"
+    if size not in (None, 32):
+        raise ValueError(f"`size` is {size}, but CIFAR-100's images are used as they are, 32 pixels wide; leave it out")
+
+# %% ../nbs/30_cli.ipynb #0a5dea1b
+def _load_data(data, bs, size, valid_pct, seed, skip_unreadable):
+    "The DataLoaders that a word or a folder stands for"
+    if data=='digits':
+        return digits_dls(bs=bs, size=size or 32)
+    if data=='cifar100' or is_cifar100(data):
+        _check_cifar100_size(size)
+        to_download = data=='cifar100' and not Path(data).exists()
+        return cifar100_dls(None if to_download else data, bs=bs)
+    return folder_dls(data, bs=bs, size=size or 128, valid_pct=valid_pct, seed=seed, skip_unreadable=skip_unreadable)
+
+# %% ../nbs/30_cli.ipynb #3eb608bc
 def new_run_folder(
     out=None, # The folder to make; None: a free name below `runs`
     name:str='run', # Stem of that free name
 ) -> Path: # The folder, made
     "A folder that did not exist before"
-    for folder in [Path(out)] if out is not None else (Path('runs')/f'{name}-{i}' for i in itertools.count(1)):
-        with contextlib.suppress(FileExistsError): folder.mkdir(parents=True); return folder
-    raise FileExistsError(f"{out} exists already, and a run never writes over another; give `--out` another name, or remove it")
+    folders = [Path(out)] if out is not None else (Path('runs')/f'{name}-{i}' for i in itertools.count(1))
+    for folder in folders:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(f"{out} exists already, and a run never writes over another; "
+                          "give `--out` another name, or remove it")
 
-# %% ../nbs/30_cli.ipynb #df1c2042
+# %% ../nbs/30_cli.ipynb #594963d7
 def run_facts(
     **options # The run's options
 ) -> dict: # What `run.json` holds
     "Options, versions and hardware of a run"
-    return dict(options=options, eed_fastai=eed_fastai.__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
+    return dict(options=options, eed_fastai=eed_fastai.__version__, fastai=fastai.__version__,
+                torch=torch.__version__, torchvision=torchvision.__version__,
                 python=platform.python_version(), hardware=hardware())
 
-# %% ../nbs/30_cli.ipynb #7b592bf4
-def _percent(df):
-    return df.to_string(index=False, formatters=dict(accuracy='{:.2%}'.format, share='{:.1%}'.format, macs='{:,.0f}'.format, params='{:,.0f}'.format, activation_mb='{:.2f}'.format))
+# %% ../nbs/30_cli.ipynb #0913243d
+def _image_bytes(item):
+    "The name of an image file with its folder's, or an image's pixels"
+    if isinstance(item, (str, Path)):
+        return '/'.join(Path(item).parts[-2:]).encode()
+    return np.asarray(item[0]).tobytes()
+
+def _fingerprint(dls):
+    "Which images judge: a hash of their names, or of their pixels where they have none"
+    return hashlib.sha1(b''.join(map(_image_bytes, dls.valid_ds.items))).hexdigest()
+
+# %% ../nbs/30_cli.ipynb #f71d0dc5
+def _as_text(table):
+    "A table of exits, for the shell"
+    formats = dict(accuracy='{:.2%}', share='{:.1%}', macs='{:,.0f}', params='{:,.0f}', activation_mb='{:.2f}')
+    return table.to_string(index=False, formatters={k: v.format for k,v in formats.items()})
 
 # %% ../nbs/30_cli.ipynb #d3c2b044
 def _write(out, name, table, picture, draw):
@@ -62,71 +97,93 @@ def _write(out, name, table, picture, draw):
     plt.close(fig)
     return table
 
-# %% ../nbs/30_cli.ipynb #eb4805ba
+# %% ../nbs/30_cli.ipynb #88ca82b1
 def write_results(
     learn:Learner, # A trained Learner
     out:Path, # A folder
 ) -> pd.DataFrame: # The table of exits
     "`exits.csv` and `curve.png` in `out`"
-    with learn.no_bar(): table = learn.exit_table()
+    with learn.no_bar():
+        table = learn.exit_table()
     return _write(out, 'exits.csv', table, 'curve.png', partial(plot_exits, table))
 
-# %% ../nbs/30_cli.ipynb #466f6869
+# %% ../nbs/30_cli.ipynb #976bbb3a
 class WriteHistory(Callback):
     "Write the Recorder's table anew after each epoch, all fits in one file"
     order = Recorder.order+1    # after the row is complete
     def __init__(self,
         file:Path, # The CSV file
-    ): self.file,self.rows = file,[]
+    ):
+        self.file = file
+        self.rows = []
 
     def after_epoch(self):
+        "Add the epoch's row, and write all"
         self.rows.append(dict(zip(self.recorder.metric_names, self.recorder.log)))
         write_whole(self.file, partial(pd.DataFrame(self.rows).to_csv, index=False))
 
-# %% ../nbs/30_cli.ipynb #496f06fe
-def _data(data, bs, size, valid_pct, seed, skip_unreadable):
-    if data=='digits': return digits_dls(bs=bs, size=size or 32)
-    if data=='cifar100' or is_cifar100(data):
-        if size not in (None, 32): raise ValueError(f"`size` is {size}, but CIFAR-100's images are used as they are, 32 pixels wide; leave it out")
-        return cifar100_dls(None if data=='cifar100' and not Path(data).exists() else data, bs=bs)
-    return folder_dls(data, bs=bs, size=size or 128, valid_pct=valid_pct, seed=seed, skip_unreadable=skip_unreadable)
+# %% ../nbs/30_cli.ipynb #3a3f366f
+def _normalization(dls):
+    "Mean and standard deviation by which `dls` normalizes, None if it does not"
+    normalize = first(dls.valid.after_batch.fs.filter(risinstance(Normalize)))
+    return normalize and [o.flatten().tolist() for o in (normalize.mean, normalize.std)]
 
-# %% ../nbs/30_cli.ipynb #50f7d958
-def _stats(dls):
-    "Mean and standard deviation by which `dls` normalises, None if it does not"
-    norm = first(dls.valid.after_batch.fs.filter(risinstance(Normalize)))
-    return norm and [o.flatten().tolist() for o in (norm.mean, norm.std)]
-
-# %% ../nbs/30_cli.ipynb #7ad794e8
+# %% ../nbs/30_cli.ipynb #7f6121f2
 def _fit(learn, epochs, lr, pretrained):
     "Train, and save whatever comes of it"
-    try: learn.fine_tune(epochs, lr) if pretrained else learn.fit_one_cycle(epochs, lr)
-    finally: save_multi_exit(learn.model, learn.path, classes=list(learn.dls.vocab), stats=_stats(learn.dls), image_size=learn.dls.valid.one_batch()[0].shape[-1])
+    try:
+        if pretrained:
+            learn.fine_tune(epochs, lr)
+        else:
+            learn.fit_one_cycle(epochs, lr)
+    finally:
+        size = learn.dls.valid.one_batch()[0].shape[-1]
+        classes = list(learn.dls.vocab)
+        save_multi_exit(learn.model, learn.path, classes=classes, stats=_normalization(learn.dls), image_size=size)
 
-# %% ../nbs/30_cli.ipynb #d3c34354
-def _fingerprint(dls):
-    "Which images judge: a hash of their names, or of their pixels where they have none"
-    def one(o): return '/'.join(Path(o).parts[-2:]).encode() if isinstance(o, (str, Path)) else np.asarray(o[0]).tobytes()
-    return hashlib.sha1(b''.join(map(one, dls.valid_ds.items))).hexdigest()
-
-# %% ../nbs/30_cli.ipynb #a6eb46af
+# %% ../nbs/30_cli.ipynb #45c54fc5
 def _command(f):
-    "Make a command of `f`, which gives a result for Python and a text for the shell; there a mistake is one line and no traceback"
+    "Make a command of `f`, which gives a result for Python and a text for the shell"
     @functools.wraps(f)
     def run(*args, **kwargs):
-        if not is_cli(command): return f(*args, **kwargs)[0]
-        try: print(f(*args, **kwargs)[1])
-        except (ValueError, TypeError, OSError, ImportError) as e: raise CliError(f'{f.__name__}: {e}') from e
+        if not is_cli(command):
+            return f(*args, **kwargs)[0]
+        try:
+            print(f(*args, **kwargs)[1])
+        except (ValueError, TypeError, OSError, ImportError) as e:
+            raise CliError(f'{f.__name__}: {e}') from e
     command = call_parse(run)
     return command
 
-# %% ../nbs/30_cli.ipynb #6111d2aa
+# %% ../nbs/30_cli.ipynb #876da291
+def _check_training(epochs, fp16):
+    "Complain about options that cannot be trained with"
+    if epochs<1:
+        raise ValueError(f"`epochs` is {epochs}; train for one at least")
+    if fp16 and not torch.cuda.is_available():
+        raise ValueError("--fp16 needs a GPU, and there is none here; leave it out")
+
+# %% ../nbs/30_cli.ipynb #81a7bd5d
+def _find_recipe(name):
+    "The recipe of that name, one that needs no other trained network"
+    return look_up('recipe', name, {k: v for k,v in recipes.items() if v.get('teacher') is not ExternalTeacher})
+
+# %% ../nbs/30_cli.ipynb #b8f80268
+def _training_text(table, path):
+    "What `eed_train` says at its end"
+    return f"""
+{_as_text(table)}
+
+macs: multiply-adds for one image; share: of the main network's; ensemble: the mean of all exits' logits
+Wrote model.safetensors and config.json, history.csv, exits.csv, curve.png and run.json to {path}"""
+
+# %% ../nbs/30_cli.ipynb #3ea52e21
 @_command
 def eed_train(
-    data:str='digits', # digits (scikit-learn's, no download), cifar100 (downloaded), or a folder: class folders, train and valid with class folders, or CIFAR-100
-    arch:str='resnet18', # Network: a CNN of torchvision (resnet18), of eed_fastai (cifar_resnet18), of fastai (xresnet18) or of timm (timm/convnextv2_atto)
-    recipe:str='eed_mse', # Method: joint_ce, eed_mse, eed_kl, pl, byot, beed, mate_style, …; a wrong one shows the right ones
-    epochs:int=8, # Epochs of one-cycle training, after one with a frozen body if pretrained (8: about 90 s on 2 cores for the digits)
+    data:str='digits', # digits (no download), cifar100 (downloaded), or a folder of class folders or of train and valid
+    arch:str='resnet18', # Network: resnet18 (torchvision), cifar_resnet18, xresnet18 (fastai), timm/convnextv2_atto, …
+    recipe:str='eed_mse', # Method: joint_ce, eed_mse, eed_kl, pl, byot, beed, mate_style, …; a wrong one lists all
+    epochs:int=8, # Epochs, after one with a frozen body if pretrained (8: about 90 s on 2 cores for the digits)
     lr:float=3e-3, # Highest learning rate (3e-3: as in the README)
     bs:int=64, # Images in a batch (64: fastai's default)
     size:int=None, # Side of the images in pixels (32 for digits and CIFAR-100, else 128)
@@ -139,96 +196,167 @@ def eed_train(
     out:str=None, # Folder to make for the results (a new one below runs)
 ):
     "Train a multi-exit network by Exit-Ensemble Distillation, and show what each exit is worth"
-    options = {**locals(), 'data': str(Path(data).resolve()) if data!='digits' and Path(data).exists() else data}
-    if epochs<1: raise ValueError(f"`epochs` is {epochs}; train for one at least")
-    if fp16 and not torch.cuda.is_available(): raise ValueError("--fp16 needs a GPU, and there is none here; leave it out")
-    make,kw = find_arch(arch),look_up('recipe', recipe, {k:v for k,v in recipes.items() if v.get('teacher') is not ExternalTeacher})
+    options = dict(locals())
+    if data!='digits' and Path(data).exists():
+        options['data'] = str(Path(data).resolve())
+    _check_training(epochs, fp16)
+    make = find_arch(arch)
+    kw = _find_recipe(recipe)
     set_seed(seed)
-    dls = _data(data, bs, size, valid_pct, seed, skip_unreadable)
-    learn = multi_exit_learner(dls, make, pretrained=pretrained, metrics=accuracy, head=kw.head, n_exits=n_exits, cbs=EEDCallback(**kw))
-    if fp16: learn.to_fp16()
-    learn.path,learn.model_dir = new_run_folder(out, f"{Path(data).name}-{arch.replace('/', '-')}-{recipe}"),'.'
-    write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(dict(run_facts(**options), judged_by=_fingerprint(dls)), indent=1, default=str)))
-    with learn.added_cbs(WriteHistory(learn.path/'history.csv')): _fit(learn, epochs, lr, pretrained)
+    dls = _load_data(data, bs, size, valid_pct, seed, skip_unreadable)
+    learn = multi_exit_learner(dls, make, pretrained=pretrained, metrics=accuracy, head=kw.head, n_exits=n_exits,
+                               cbs=EEDCallback(**kw))
+    if fp16:
+        learn.to_fp16()
+    learn.path = new_run_folder(out, f"{Path(data).name}-{arch.replace('/', '-')}-{recipe}")
+    learn.model_dir = '.'
+    facts = dict(run_facts(**options), judged_by=_fingerprint(dls))
+    write_whole(learn.path/'run.json', lambda p: p.write_text(json.dumps(facts, indent=1, default=str)))
+    with learn.added_cbs(WriteHistory(learn.path/'history.csv')):
+        _fit(learn, epochs, lr, pretrained)
     table = write_results(learn, learn.path)
-    return (learn, table), f"""
-{_percent(table)}
+    return (learn,table),_training_text(table, learn.path)
 
-macs: multiply-adds for one image; share: of the main network's; ensemble: the mean of all exits' logits
-Wrote model.safetensors and config.json, history.csv, exits.csv, curve.png and run.json to {learn.path}"""
+# %% ../nbs/30_cli.ipynb #cb3217fa
+def _read_facts(run):
+    "What a run's `run.json` holds"
+    file = Path(run)/'run.json'
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file}, which says what the run was trained on; "
+                                "give a folder that `eed_train` wrote")
+    return json.loads(file.read_text())
 
-# %% ../nbs/30_cli.ipynb #e7a2a8af
-def _run_learner(run, data=None):
-    "The run's network in a Learner with the data that it was trained and judged with, or with other data of the same classes"
-    model,file = load_multi_exit(run),Path(run)/'run.json'
-    if not file.is_file(): raise FileNotFoundError(f"There is no {file}, which says what the run was trained on; give a folder that `eed_train` wrote")
-    facts = json.loads(file.read_text())
+# %% ../nbs/30_cli.ipynb #0b3766c6
+def _check_same_images(dls, facts, run):
+    "Complain if other images would judge than judged the run"
+    if _fingerprint(dls) != facts.get('judged_by'):
+        raise ValueError(f"The images in {facts['options']['data']} have changed since {run}, "
+                         "so some that trained might now judge. Pass images that did not train as `--data`")
+
+def _check_same_classes(dls, model, data, run):
+    "Complain if the data has other classes than the network"
+    if list(dls.vocab) != model.config['classes']:
+        raise ValueError(f"{data} has the classes {', '.join(dls.vocab)}, "
+                         f"but {run} was trained on {', '.join(model.config['classes'])}")
+
+# %% ../nbs/30_cli.ipynb #c9612512
+def _learner_of_run(run, data=None):
+    "A run's network in a Learner, with the data it was trained and judged with or with other data of its classes"
+    model = load_multi_exit(run)
+    facts = _read_facts(run)
     o = facts['options']
     set_seed(o['seed'])
-    dls = _data(data or o['data'], o['bs'], o['size'], o['valid_pct'], o['seed'], o['skip_unreadable'])
-    if data is None and _fingerprint(dls)!=facts.get('judged_by'): raise ValueError(f"The images in {o['data']} have changed since {run}, so some that trained might now judge. Pass images that did not train as `--data`")
-    if list(dls.vocab)!=model.config['classes']: raise ValueError(f"{data or o['data']} has the classes {', '.join(dls.vocab)}, but {run} was trained on {', '.join(model.config['classes'])}")
-    return Learner(dls, model.to(ifnone(dls.device, default_device())), metrics=accuracy, cbs=EEDCallback(), path=Path(run), model_dir='.')
+    dls = _load_data(data or o['data'], o['bs'], o['size'], o['valid_pct'], o['seed'], o['skip_unreadable'])
+    if data is None:
+        _check_same_images(dls, facts, run)
+    _check_same_classes(dls, model, data or o['data'], run)
+    model = model.to(ifnone(dls.device, default_device()))
+    return Learner(dls, model, metrics=accuracy, cbs=EEDCallback(), path=Path(run), model_dir='.')
 
-# %% ../nbs/30_cli.ipynb #f0b0128c
+# %% ../nbs/30_cli.ipynb #928be9dc
 def write_early(
     learn:Learner, # A Learner with a policy, see `fit_policy`
     out:Path, # A folder
 ): # The policy's report, as a row for each figure
     "`early.csv` and `early.png` in `out`: what came of a budget, and what other budgets would give"
     z,y = learn.exit_logits()
-    z,macs = learn.policy.scaled(z),part_macs(learn.model, learn.dls.valid.one_batch()[0].shape[-2:])
-    (fit,judge),shares = [(z[o],y[o]) for o in random_halves(len(y))],macs/alone_costs(macs)[-1]
-    draw = partial(plot_early, anytime_curve(*judge, shares), budgeted_curve(fit, judge, shares), "share of the main network's multiply-adds")
-    return _write(out, 'early.csv', learn.policy.report.T.rename_axis('figure').reset_index(), 'early.png', draw)
+    z = learn.policy.scaled(z)
+    macs = part_macs(learn.model, learn.dls.valid.one_batch()[0].shape[-2:])
+    shares = macs/alone_costs(macs)[-1]
+    fit,judge = ((z[half],y[half]) for half in random_halves(len(y)))
+    curves = anytime_curve(*judge, shares),budgeted_curve(fit, judge, shares)
+    draw = partial(plot_early, *curves, "share of the main network's multiply-adds")
+    table = learn.policy.report.T.rename_axis('figure').reset_index()
+    return _write(out, 'early.csv', table, 'early.png', draw)
 
-# %% ../nbs/30_cli.ipynb #7acefd44
+# %% ../nbs/30_cli.ipynb #edbee72d
+def _policy_text(table, policy, report, run, in_ms):
+    "What `eed_eval` says of a policy"
+    thresholds = ', '.join('closed' if t>1 else f'{t:.4f}' for t in policy.thresholds)
+    unit = 'and target in milliseconds for an image' if in_ms else 'as a share of the main network'
+    return f"""{_as_text(table)}
+
+With early exit (thresholds {thresholds}):
+{report.to_string(index=False, float_format='{:.4g}'.format, na_rep='')}
+
+fitted and reported on different halves of the images; cost {unit}
+Wrote the policy into config.json, and early.csv and early.png, in {run}"""
+
+# %% ../nbs/30_cli.ipynb #8d67abf8
 @_command
 def eed_eval(
     run:str, # Folder that eed_train wrote
-    budget:float=None, # Find out when to stop, so that an image costs at most this share of the main network's multiply-adds (0.5: half)
+    budget:float=None, # Stop early, so that an image costs at most this share of the main network (0.5: half)
     ms:float=None, # Or at most so many milliseconds on this machine
-    drop:float=None, # Or so that at most this share of accuracy is lost, with 95 % confidence (0.01: one percentage point)
+    drop:float=None, # Or so that at most this much accuracy is lost, with 95 % confidence (0.01: one point)
     data:str=None, # Images that judge, as for eed_train (the run's own)
     bs:int=1, # Images in a batch, as they will come; for --ms
 ):
     "Judge a run again, and find out when its network may stop early"
-    learn = _run_learner(run, data)
+    learn = _learner_of_run(run, data)
     table = learn.exit_table()
-    if (budget, ms, drop)==(None, None, None): return (learn, table, None), _percent(table)
+    if (budget,ms,drop)==(None,None,None):
+        return (learn,table,None),_as_text(table)
     learn.fit_policy(budget, ms, drop, bs=bs)
     report = write_early(learn, Path(run))
     write_policy(run, learn.policy, part_times(learn.model, learn.dls.valid.one_batch()[0][:bs]))
-    return (learn, table, report), f"""{_percent(table)}
+    return (learn,table,report),_policy_text(table, learn.policy, report, run, in_ms=bool(ms))
 
-With early exit (thresholds {', '.join('closed' if t>1 else f'{t:.4f}' for t in learn.policy.thresholds)}):
-{report.to_string(index=False, float_format='{:.4g}'.format, na_rep='')}
-
-fitted and reported on different halves of the images; cost {'and target in milliseconds for an image' if ms else 'as a share of the main network'}
-Wrote the policy into config.json, and early.csv and early.png, in {run}"""
-
-# %% ../nbs/30_cli.ipynb #a0002807
-def _files(images):
-    if not images: raise ValueError("Give image files, or folders with images, behind the run")
-    if missing := [o for o in images if not Path(o).exists()]: raise FileNotFoundError(f"There is no {missing[0]}")
+# %% ../nbs/30_cli.ipynb #4ecfdfe8
+def _image_files(images):
+    "The files, and those in the folders"
+    if not images:
+        raise ValueError("Give image files, or folders with images, behind the run")
+    for o in images:
+        if not Path(o).exists():
+            raise FileNotFoundError(f"There is no {o}")
     files = L(images).map(lambda o: get_image_files(o).sorted() if Path(o).is_dir() else [Path(o)]).concat()
-    if not files: raise ValueError(f"There are no images in {', '.join(images)}")
+    if not files:
+        raise ValueError(f"There are no images in {', '.join(images)}")
     return files
 
-# %% ../nbs/30_cli.ipynb #2a8bf3a7
+# %% ../nbs/30_cli.ipynb #fee47487
+def _read_image(file, size):
+    "Pixels `(3,size,size)` of a file, 0…255"
+    try:
+        return tensor(Resize(size)(PILImage.create(file), split_idx=1)).permute(2,0,1)
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read as an image ({e}); leave it out") from e
+
+# %% ../nbs/30_cli.ipynb #137154e4
 def load_images(
     files:list, # Image files
     size:int, # Side in pixels to which they are cropped and resized, as validation images are
-    stats:tuple|None=None, # Mean and standard deviation of each channel (None: not normalised)
+    stats:tuple|None=None, # Mean and standard deviation of each channel (None: not normalized)
 ) -> Tensor: # `(n,3,size,size)`
     "Images as a network takes them"
-    def one(f):
-        try: return tensor(Resize(size)(PILImage.create(f), split_idx=1)).permute(2,0,1)
-        except OSError as e: raise ValueError(f"{f} cannot be read as an image ({e}); leave it out") from e
-    x = torch.stack([one(f) for f in files]).float()/255
-    return x if stats is None else (x-tensor(stats[0])[:,None,None])/tensor(stats[1])[:,None,None]
+    x = torch.stack([_read_image(f, size) for f in files]).float()/255
+    if stats is None:
+        return x
+    mean,sd = (tensor(o)[:,None,None] for o in stats)
+    return (x-mean)/sd
 
-# %% ../nbs/30_cli.ipynb #941e0f5c
+# %% ../nbs/30_cli.ipynb #0e6de918
+def _answers(model, policy, files, bs):
+    "A row for each file: answer, its probability, and the exit where the image left"
+    rows = []
+    parts = [files[i:i+bs] for i in range(0, len(files), bs)]
+    for part in progress_bar(parts, leave=False):
+        x = load_images(part, model.config['image_size'], model.config['stats'])
+        z,idx = policy(model, x.to(default_device()))
+        probability,best = z.softmax(-1).max(-1)
+        rows += [dict(file=str(f), answer=model.config['classes'][b], probability=round(p, 4), exit=model.exit_names[i])
+                 for f,b,p,i in zip(part, best.tolist(), probability.tolist(), idx.tolist())]
+    return pd.DataFrame(rows)
+
+# %% ../nbs/30_cli.ipynb #57d0f12d
+def _answers_text(df, csv):
+    "What `eed_predict` says: the answers or where they are, and how many left at each exit"
+    answers = f'Wrote {len(df)} answers to {csv}' if csv else df.to_string(index=False)
+    left = ', '.join(f'{n} left at {e}' for e,n in df.exit.value_counts().items())
+    return f'{answers}\n{left}'
+
+# %% ../nbs/30_cli.ipynb #63de6ade
 @_command
 def eed_predict(
     run:str, # Folder that eed_train wrote
@@ -240,25 +368,24 @@ def eed_predict(
     csv:str=None, # Write the answers to this file
 ):
     "Answers for images, and the exit at which each left"
-    files,model = _files(images),load_multi_exit(run)
+    files = _image_files(images)
+    model = load_multi_exit(run)
     policy = model.policy or ExitPolicy([math.inf]*(model.n_exits-1))
-    if (budget, ms, drop)!=(None, None, None): policy = _run_learner(run).fit_policy(budget, ms, drop)
-    model,rows = model.to(default_device()),[]
-    for part in progress_bar([files[i:i+bs] for i in range(0, len(files), bs)], leave=False):
-        z,idx = policy(model, load_images(part, model.config['image_size'], model.config['stats']).to(default_device()))
-        p,best = z.softmax(-1).max(-1)
-        rows += [dict(file=str(f), answer=model.config['classes'][b], probability=round(q, 4), exit=model.exit_names[i]) for f,b,q,i in zip(part, best.tolist(), p.tolist(), idx.tolist())]
-    df = pd.DataFrame(rows)
-    if csv: write_whole(Path(csv), partial(df.to_csv, index=False))
-    return df, (f'Wrote {len(df)} answers to {csv}' if csv else df.to_string(index=False)) + '\n' + ', '.join(f'{n} left at {e}' for e,n in df.exit.value_counts().items())
+    if (budget,ms,drop)!=(None,None,None):
+        policy = _learner_of_run(run).fit_policy(budget, ms, drop)
+    df = _answers(model.to(default_device()), policy, files, bs)
+    if csv:
+        write_whole(Path(csv), partial(df.to_csv, index=False))
+    return df,_answers_text(df, csv)
 
-# %% ../nbs/30_cli.ipynb #bf0b8817
+# %% ../nbs/30_cli.ipynb #fc292fd7
 @_command
 def eed_export(
     run:str, # Folder that eed_train wrote
     out:str=None, # Folder to make (onnx in the run's)
 ):
-    "A run's network as ONNX graphs, one for each stage and each head, with a runtime that needs numpy and onnxruntime only"
+    "Write a run's network as ONNX graphs, a stage or head each, with a runtime on numpy and onnxruntime"
     model = load_multi_exit(run)
     folder = export_onnx(model, out or Path(run)/'onnx', model.config['image_size'])
-    return folder, f'Wrote {len(list(folder.glob("*.onnx")))} graphs, exits.json and runtime.py to {folder}; run `from runtime import OnnxExits` there'
+    n = len(list(folder.glob('*.onnx')))
+    return folder,f'Wrote {n} graphs, exits.json and runtime.py to {folder}; run `from runtime import OnnxExits` there'

@@ -1,4 +1,4 @@
-"Exits on any CNN: stages are the backbone, the classifier stays, every parameter learns; what cannot be cut is refused with a reason."
+"Exits on any CNN: stages are the backbone, the classifier stays, every parameter learns; or it is refused."
 
 import pytest
 from conftest import *
@@ -8,9 +8,15 @@ from eed_fastai.stages import *
 from eed_fastai.exits import KeptHead, default_head
 from eed_fastai.costs import plot_costs
 
-torchvision_names = '''alexnet vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121 shufflenet_v2_x1_0 mobilenet_v2 mobilenet_v3_small
-    mnasnet1_0 efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny'''.split()
-timm_names = '''resnet18 resnet26d resnetv2_50 efficientnet_b0 mobilenetv3_small_100 mobilenetv4_conv_small convnext_tiny convnextv2_atto regnetx_002 regnety_002 densenet121 vgg11_bn repvgg_a0'''.split()
+torchvision_names = '''
+    alexnet vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121
+    shufflenet_v2_x1_0 mobilenet_v2 mobilenet_v3_small mnasnet1_0 efficientnet_b0 efficientnet_v2_s
+    regnet_x_400mf regnet_y_400mf convnext_tiny
+'''.split()
+timm_names = '''
+    resnet18 resnet26d resnetv2_50 efficientnet_b0 mobilenetv3_small_100 mobilenetv4_conv_small convnext_tiny
+    convnextv2_atto regnetx_002 regnety_002 densenet121 vgg11_bn repvgg_a0
+'''.split()
 slow = {
     'wide_resnet50_2',
     'resnext50_32x4d',

@@ -1,7 +1,8 @@
 "Comparing recipes: the same start and batches for all, rows that are kept, numbers against loops."
 
-import sys, pytest
+import importlib, shutil, sys, pytest
 from conftest import *
+from eed_fastai import compare as compare_room
 from eed_fastai.records import *
 from eed_fastai.compare import *
 from eed_fastai.figures import *
@@ -229,3 +230,50 @@ def test_without_torchmetrics_the_calibration_column_stays_empty(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchmetrics', None)
     scores = exit_scores(dict(main=torch.eye(3)), torch.arange(3))
     assert scores['ece_main'] is None and scores['main'] == 100.0 and scores['nll_main'] > 0
+
+
+def tutorial_digits(n=10, bs=25, n_valid=500):
+    "The tutorial's data: `n` training images of each class"
+    items = all_digits.train_ds.items
+    x = np.stack([np.array(im) for im, _ in items])
+    y = np.array([int(c) for _, c in items])
+    few = np.concatenate([np.flatnonzero(y == c)[:n] for c in range(10)])
+    rest = np.setdiff1d(np.arange(len(y)), few)[:n_valid]
+    return array_dls((x[few], y[few]), (x[rest], y[rest]), list('0123456789'), bs=bs, pad=2, flip=0.0)
+
+
+def test_the_committed_rows_are_found_without_training(monkeypatch):
+    "The tutorial's two comparisons read each row of the repository, though functions have moved or been renamed"
+    committed = Path(__file__).resolve().parent.parent / 'benchmarks/results/digits/rows.csv'
+    shutil.copy(committed, 'rows.csv')
+    rows = pd.read_csv(committed)
+    methods = ['plain', 'joint_ce', 'branchynet', 'main_mse', 'eed_mse', 'eed_kl', 'pl', 'byot', 'beed', 'mate_style']
+    table = {name: recipes[name] for name in [*methods, 'hinton_kd']} | subset_recipes()
+    assert set(table) == set(rows.recipe)
+    missing = []
+
+    def no_training(dls, arch, recipe, seed, fit, options):
+        missing.append(compare_room._identity(dict(recipe)))
+        return {'main': 0.0}, 0.0, pd.DataFrame(dict(epoch=[0]))
+
+    monkeypatch.setattr(compare_room, '_run', no_training)
+    found = compare(tutorial_digits(), tiny_resnet, table, 5, 30, 1e-2, 'rows.csv', 'digits-10x10')
+    assert not missing, f'add to `_names_in_rows` what these recipes call otherwise than their rows: {missing}'
+    assert sorted(found.run) == sorted(rows.run) and len(found) == 75
+
+
+def test_names_in_rows_are_of_functions_that_exist():
+    "What moves or is renamed again must be entered anew"
+    for name in compare_room._names_in_rows:
+        room, function = name.rsplit('.', 1)
+        assert hasattr(importlib.import_module(room), function), name
+
+
+def test_a_function_written_in_c_is_an_option():
+    "Such as a dict's `get` for weights that depend on the number of exits"
+
+    def mine(last):
+        return {'mine': Recipe('here', label_weights={4: [1, 1, 1, last]}.get)}
+
+    a, b, again = (run(names=mine(last), seeds=1).run[0] for last in (1, 2, 1))
+    assert a != b and a == again

@@ -1,4 +1,4 @@
-"Early exit: equal to indexing the full forward, whatever leaves; budgets kept, limits that hold; and files that cannot harm."
+"Early exit: equal to indexing the full forward; budgets kept, limits that hold; and files that cannot harm."
 
 import itertools, json, math, subprocess, sys
 from collections import Counter
@@ -153,7 +153,7 @@ def test_bad_input(bad, said):
         early_exit(network(), images(4), **bad)
 
 
-# --- budgets -----------------------------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------------------------
 
 
 def world(n=3000, seed=0, k=4, c=10):
@@ -223,7 +223,7 @@ def test_budgets_are_kept_and_used(score):
 
 
 def test_the_limit_of_a_loss_holds():
-    "Over many small samples the true loss of the thresholds that were chosen exceeds `drop` in at most 5 % of the cases"
+    "Over many small samples the true loss of the thresholds that were chosen exceeds `drop` in at most 5 %"
     z, y = world(60000, seed=1)
     bad = 0
     for seed in range(40):
@@ -303,7 +303,7 @@ def test_temperatures_against_a_grid():
         )
 
 
-# --- in a Learner ------------------------------------------------------------------------------------------------------
+# --- in a Learner ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -371,7 +371,7 @@ def test_a_policy_goes_with_an_exported_learner(trained, tmp_path):
     assert torch.allclose(a[0], b[0], atol=1e-5) and torch.equal(a[2], b[2])
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,13 @@ def test_the_runtime_needs_no_torch(tmp_path):
     folder = export_onnx(model, tmp_path / 'onnx', 16, ExitPolicy([0.25, 0.3, math.inf], margin))
     x = images(20, torch.float32)
     np.save(tmp_path / 'x.npy', x.numpy())
-    code = "import sys, numpy as np; sys.modules['torch'] = None; sys.modules['eed_fastai'] = None\nfrom runtime import OnnxExits\nz,i = OnnxExits('.')(np.load('../x.npy'))\nnp.savez('../out.npz', z=z, i=i)"
+    code = """
+import sys, numpy as np
+sys.modules['torch'] = sys.modules['eed_fastai'] = None
+from runtime import OnnxExits
+z, i = OnnxExits('.')(np.load('../x.npy'))
+np.savez('../out.npz', z=z, i=i)
+"""
     r = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     out, (z, i) = np.load(tmp_path / 'out.npz'), early_exit(model, x, [0.25, 0.3, math.inf], margin)

@@ -316,7 +316,7 @@ def test_alpha_and_beta_zero_is_joint_ce():
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
-published_weights = {  # name → weight of logits and of features: EED paper, Table I and eqs. 2 to 8; its code, `train.py`
+published_weights = {  # name → weight of logits and of features: EED paper, Table I and eqs. 2 to 8; its `train.py`
     'joint_ce': (0.0, 0.0),
     **{f'{who}_{loss}': (1.0, 0.0) for who in ('main', 'eed') for loss in ('kl', 'mse')},
     **{f'{who}_{loss}_feat': (1.0, 1.0) for who in ('main', 'eed') for loss in ('kl', 'mse')},
@@ -476,7 +476,7 @@ def test_a_resumed_fit_is_the_uncut_one(recipe, tmp_path):
 
 
 def test_mate_style_teachers_stay_different():
-    "After training on digits: no two teachers are the same, each exit's primary is nearer to it than the average one, theta learns from the teachers' loss alone"
+    "No two teachers are the same, each exit's primary is nearer to it, theta learns from the teachers' loss alone"
     learn = make_learner(EEDCallback(**recipes['mate_style']), dls=digits_dls(), model=multi_exit(tiny_resnet))
     with learn.no_logging():
         learn.fit_one_cycle(4, 1e-2)

@@ -60,7 +60,9 @@ def copy(tmp_path_factory):
 def test_saved_outputs_are_todays(name, copy):
     "Run, save, clean: nothing differs, but for numbers in cells that are declared to vary"
     env = {**os.environ, 'MPLBACKEND': 'agg', 'PYTHONWARNINGS': 'ignore', 'PYTHONPATH': str(copy)}
-    for command in (['nbdev-test', f'nbs/{name}', '--save', '--n-workers', '0'], ['nbdev-clean', '--fname', f'nbs/{name}']):
+    run = ['nbdev-test', f'nbs/{name}', '--save', '--n-workers', '0']
+    clean = ['nbdev-clean', '--fname', f'nbs/{name}']
+    for command in (run, clean):
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=60 * minutes)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     saved, today = cells(root / 'nbs' / name), cells(copy / 'nbs' / name)

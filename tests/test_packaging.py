@@ -92,9 +92,12 @@ def test_one_version():
 def test_everything_has_the_everyday_names():
     import eed_fastai.all as everyday
 
-    names = '''digits_dls folder_dls cifar_resnet18 split_stages ExitHead make_heads multi_exit MultiExitModel exit_costs main_teacher ensemble_teacher
-        subset_teacher weighted_teacher exit_ce logit_mse logit_kl feat_mse EEDCallback recipes multi_exit_learner plot_exits ExitMetric EnsembleMetric
-        early_exit max_prob exit_thresholds ExitPolicy anytime_curve budgeted_curve save_multi_exit load_multi_exit export_onnx'''.split()
+    names = '''
+        digits_dls folder_dls cifar_resnet18 split_stages ExitHead make_heads multi_exit MultiExitModel exit_costs
+        main_teacher ensemble_teacher subset_teacher weighted_teacher exit_ce logit_mse logit_kl feat_mse
+        EEDCallback recipes multi_exit_learner plot_exits ExitMetric EnsembleMetric early_exit max_prob
+        exit_thresholds ExitPolicy anytime_curve budgeted_curve save_multi_exit load_multi_exit export_onnx
+    '''.split()
     assert not [n for n in names if not hasattr(everyday, n)]
     from fastai.learner import Learner
 
