@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cifar100_stats', 'digit_image', 'digits_dls', 'folder_dls', 'crop_flip', 'CropFlip', 'MemoryDL', 'array_dls',
-           'is_cifar100', 'read_cifar100', 'cifar100_dls']
+           'is_cifar100', 'read_cifar100', 'cifar100_dls', 'in_order', 'first_batch']
 
 # %% ../nbs/00_data.ipynb #f8b06f02
 from fastai.vision.all import *
@@ -354,3 +354,28 @@ def cifar100_dls(
     idxs = train_test_split(range_of(images), test_size=valid_pct, stratify=labels, random_state=seed)
     train,valid = [(images[i], labels[i]) for i in idxs]
     return array_dls(train, valid, vocab, cifar100_stats, bs=bs, device=device)
+
+# %% ../nbs/00_data.ipynb #99f4ccc5
+def _check_not_empty(dl):
+    "An error for a loader without images"
+    if hasattr(dl, 'dataset') and not len(dl.dataset):
+        raise ValueError("There are no images here. Is the validation set empty? Pass `dl=` with images")
+
+def in_order(
+    dl:DataLoader, # fastai's loader, or PyTorch's
+) -> DataLoader: # The same batches in the order of the data set, none left out
+    "A loader that neither shuffles nor drops a last, shorter batch"
+    _check_not_empty(dl)
+    if isinstance(dl, DataLoader):
+        return dl.new(shuffle=False, drop_last=False)
+    if not isinstance(dl, torch.utils.data.DataLoader) or dl.batch_size is None:
+        raise TypeError(f"`dl` is a {type(dl).__name__}; "
+                        "pass fastai's or PyTorch's DataLoader over a data set with a length")
+    return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+
+def first_batch(
+    dl:DataLoader, # fastai's loader, or PyTorch's
+) -> tuple: # Images and targets
+    "One batch to look at"
+    _check_not_empty(dl)
+    return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FreezeStatistics', 'multi_exit_learner']
 
-# %% ../nbs/15_learner.ipynb #91640e86
+# %% ../nbs/15_learner.ipynb #de5d51a7
 from fastai.vision.all import *
 from fastai.vision.learner import _add_norm
+from .data import *
 from .arch import *
 from .exits import *
 from .model import *
@@ -146,16 +147,16 @@ def _callback_to_weigh(learn):
     check_loss('feat_loss', cb.part('feat_loss'), bool(cb.beta))
     return cb
 
-# %% ../nbs/15_learner.ipynb #dd9203b3
+# %% ../nbs/15_learner.ipynb #14595a35
 @patch
 def grad_shares(self:Learner,
     dl:DataLoader|None=None, # Its first batch is used (None: the training data)
 ) -> pd.DataFrame: # Columns `term, exit, value, grad_norm, share`; `label_loss` is the exits' own loss
     "The length of each term's gradient on the stages, exit by exit, for one batch"
     cb = _callback_to_weigh(self)
-    batch = self._set_device(ifnone(dl, self.dls.train).one_batch())
+    batch = self._set_device(first_batch(ifnone(dl, self.dls.train)))
     batch = [o.as_subclass(Tensor) for o in batch]                             # as in a fit
-    n = self.dls.n_inp
+    n = getattr(self.dls, 'n_inp', len(batch)-1)                               # PyTorch's loaders have none
     model = deepcopy(unwrap(self.model)).train()
     model.stages.requires_grad_(True)                                          # frozen parameters have a gradient, too
     params = list(model.stages.parameters())

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ExitPolicy', 'random_halves']
 
-# %% ../nbs/21_policy.ipynb #03a73c9b
+# %% ../nbs/21_policy.ipynb #48c93ecc
 from fastai.vision.all import *
+from .data import *
 from .model import *
 from .costs import *
 from .metrics import *
@@ -53,7 +54,7 @@ def _policy_of(learn, policy):
                          "or pass `policy=ExitPolicy([…])`")
     return policy
 
-# %% ../nbs/21_policy.ipynb #184f2a31
+# %% ../nbs/21_policy.ipynb #862eaab4
 @patch
 def predict_early(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
@@ -62,7 +63,7 @@ def predict_early(self:Learner,
 ) -> tuple: # Probabilities `(n,n_out)`, targets `(n,)` or None, and index of the exit `(n,)`, in the data's order
     "Predict with early exit"
     answers = EarlyExitModel(self.model, _policy_of(self, policy))
-    dl = ifnone(dl, self.dls[ds_idx]).new(shuffle=False, drop_last=False)
+    dl = in_order(ifnone(dl, self.dls[ds_idx]))
     taken = []
     def note_exits(cb): taken.append(cb.learn.model.exit_idx.cpu())
     others = self.cbs.filter(risinstance((EEDCallback, EnsemblePreds)))
@@ -99,10 +100,10 @@ def random_halves(
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return tuple(o.sort().values for o in order.chunk(2))
 
-# %% ../nbs/21_policy.ipynb #3f658a46
+# %% ../nbs/21_policy.ipynb #32b1a580
 def _part_costs(model, dl, bs, in_ms):
     "What the parts cost: milliseconds in batches of `bs`, or shares of the main network's multiply-adds"
-    x = dl.one_batch()[0][:bs]
+    x = first_batch(dl)[0][:bs]
     if not in_ms:
         macs = part_macs(model, x.shape[-2:])
         return macs/alone_costs(macs)[-1]
@@ -111,10 +112,10 @@ def _part_costs(model, dl, bs, in_ms):
                          f"such as `dls.valid.new(bs={bs})`")
     return part_times(model, x)
 
-# %% ../nbs/21_policy.ipynb #9615165c
+# %% ../nbs/21_policy.ipynb #bcb0c0b5
 def _images(dl, rows):
     "The images of `dl` at the indices `rows`, as one batch"
-    images = (o for b in dl.new(shuffle=False, drop_last=False) for o in b[0])
+    images = (o for b in in_order(dl) for o in b[0])
     return torch.stack(list(itertools.islice(images, int(rows.max())+1)))[rows]
 
 # %% ../nbs/21_policy.ipynb #0251b29c

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['mean_logits', 'mean_probs', 'prefix_ensembles', 'EnsemblePreds', 'GatherExits', 'plot_exits']
 
-# %% ../nbs/16_predictions.ipynb #41c25448
+# %% ../nbs/16_predictions.ipynb #d6628110
 from fastai.vision.all import *
 from matplotlib.ticker import PercentFormatter
+from .data import *
 from .model import *
 from .costs import *
 from .metrics import *
+from .task import *
 from .callback import *
 
 # %% ../nbs/16_predictions.ipynb #f0b57a00
@@ -89,7 +91,7 @@ class GatherExits(Callback):
             self.fs.append(self.learn.to_detach(exits.feats[:,-1]))
         self.ys += self.learn.to_detach(self.yb[:1])
 
-# %% ../nbs/16_predictions.ipynb #fca71c82
+# %% ../nbs/16_predictions.ipynb #be42d90a
 @patch
 def gather_exit_logits(self:Learner,
     dl:DataLoader, # Batches to predict; all are taken, in the order of the data set
@@ -97,9 +99,8 @@ def gather_exit_logits(self:Learner,
 ) -> tuple: # Logits `(n,n_exits,n_out)`, the main network's last, and targets `(n,)` or None
     "The logits of all exits on `dl`; a Learner without `EEDCallback` borrows one"
     borrowed = [] if self._grab_cbs(EEDCallback) else [EEDCallback(alpha=0.)]
-    in_order = dl.new(shuffle=False, drop_last=False)
     with self.added_cbs(borrowed):
-        self.get_preds(dl=in_order, reorder=False, cbs=gather)
+        self.get_preds(dl=in_order(dl), reorder=False, cbs=gather)
     targets = torch.cat(gather.ys) if gather.ys else None
     return torch.cat(gather.zs), targets
 
@@ -116,7 +117,7 @@ def get_exit_preds(self:Learner,
         z = prefix_ensembles(z, ensemble)
     return z.softmax(-1), y
 
-# %% ../nbs/16_predictions.ipynb #8587e826
+# %% ../nbs/16_predictions.ipynb #081aa9aa
 @patch
 def validate_exits(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
@@ -127,19 +128,22 @@ def validate_exits(self:Learner,
     if y is None:
         raise ValueError(
             "These batches have no targets, so there is no accuracy; pass a labelled `dl`, or use `get_exit_preds`")
+    if y.ndim==2:                                              # rows of class probabilities
+        y = y.argmax(-1)
+    counted = y!=ignored_target(self.loss_func)
     ensemble = p.clamp_min(1e-30).log().mean(1, keepdim=True)
-    right = torch.cat([p, ensemble], 1).argmax(-1)==y[:,None]
+    right = torch.cat([p, ensemble], 1).argmax(-1)[counted]==y[counted][:,None]
     names = unwrap(self.model).exit_names + ['ensemble']
     return pd.DataFrame(dict(exit=names, accuracy=right.float().mean(0).tolist()))
 
-# %% ../nbs/16_predictions.ipynb #2d9c18cb
+# %% ../nbs/16_predictions.ipynb #39c7dae2
 @patch
 def exit_table(self:Learner,
     ds_idx:int=1, # Which of the data sets, where `dl` is None: 0 train, 1 valid
     dl:DataLoader|None=None, # Batches with targets
 ) -> pd.DataFrame: # Columns `exit, accuracy`, and those of `exit_costs`; the rows of `validate_exits`
     "Accuracy and cost of each exit and of the ensemble"
-    images = ifnone(dl, self.dls[ds_idx]).one_batch()[0]
+    images = first_batch(ifnone(dl, self.dls[ds_idx]))[0]
     costs = exit_costs(self.model, images.shape[-2:], ensemble=True)
     return self.validate_exits(ds_idx, dl).merge(costs, on='exit')
 

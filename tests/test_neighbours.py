@@ -1,4 +1,4 @@
-"The callbacks beside ours: what they do to the main network's loss happens to all exits, and nothing is left behind."
+"fastai's own callbacks beside ours: what they do reaches all exits, and nothing is left behind. See test_beside_others, too."
 
 import pickle
 import pytest
