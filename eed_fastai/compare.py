@@ -97,17 +97,17 @@ def _run(dls, arch, recipe, seed, fit, options):
     curve = history(learn)              # before the predictions, which start a new table
     return _judged(learn),seconds+teacher_seconds,curve
 
-# %% ../nbs/24_compare.ipynb #650a4c8c
+# %% ../nbs/24_compare.ipynb #f4294706
 _libraries = ('eed_fastai', 'fastai', 'torch', 'torchvision', 'timm')
 
 _names_in_rows = {          # where a function lives today → where it lived when rows in the repository were made
     'eed_fastai.objective.main_only': 'eed_fastai.callback.main_only',
-    'eed_fastai.recipes._branchy': 'eed_fastai.callback._branchy',
-    'eed_fastai.recipes._pl': 'eed_fastai.callback._pl',
-    'eed_fastai.recipes._byot': 'eed_fastai.callback._byot',
-    'eed_fastai.recipes._beed_labels': 'eed_fastai.callback._beed_labels',
-    'eed_fastai.recipes._beed_logits': 'eed_fastai.callback._beed_logits',
-    'eed_fastai.recipes._hinton': 'eed_fastai.callback._hinton',
+    'eed_fastai.recipes._branchynet_label_weights': 'eed_fastai.callback._branchy',
+    'eed_fastai.recipes._phuong_lampert_weights': 'eed_fastai.callback._pl',
+    'eed_fastai.recipes._byot_label_weights': 'eed_fastai.callback._byot',
+    'eed_fastai.recipes._beed_label_weights': 'eed_fastai.callback._beed_labels',
+    'eed_fastai.recipes._beed_logit_weights': 'eed_fastai.callback._beed_logits',
+    'eed_fastai.recipes._hinton_label_weights': 'eed_fastai.callback._hinton',
 }
 
 # %% ../nbs/24_compare.ipynb #c72d08d3

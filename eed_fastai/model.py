@@ -69,7 +69,7 @@ class MultiExitModel(nn.Module):
 
     @property
     def exit_names(self):
-        "`exit0`, `exit1`, … and `main`"
+        "`exit0`, … and `main`"
         return [f'exit{i}' for i in range(self.n_exits-1)] + ['main']
 
     def extra_repr(self):

@@ -1,4 +1,4 @@
-"Losses, callbacks and Learners that this project did not write: the right value, or a warning or an error that says so."
+"Losses, callbacks and Learners that this project did not write: the right value, a warning, or an error."
 
 import pytest
 from conftest import *

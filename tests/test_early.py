@@ -323,7 +323,7 @@ def trained():
         dict(budget=0.7, score=patience, calibrate=False),
         dict(budget=0.9, family=geometric_shares),
     ],
-    ids=str,
+    ids='-'.join,
 )
 def test_fit_and_predict(trained, kw):
     policy = trained.fit_policy(**kw)

@@ -1,4 +1,4 @@
-"fastai's own callbacks beside ours: what they do reaches all exits, and nothing is left behind. See test_beside_others, too."
+"fastai's own callbacks: what they do reaches all exits, and nothing is left behind. See also test_beside_others."
 
 import pickle
 import pytest

@@ -1,4 +1,4 @@
-"Train one recipe in this process, or in each of two: `python -m torch.distributed.run --nproc_per_node 2 two_ranks.py OUT RECIPE …`."
+"One recipe in this process or in each of two: `python -m torch.distributed.run --nproc_per_node 2 two_ranks.py …`."
 
 import sys
 import torch.distributed as dist
