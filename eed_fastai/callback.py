@@ -198,7 +198,7 @@ def trains_main_only(self:EEDCallback):
         return False
     return self.label_weight_list==main_only(len(self.label_weight_list))
 
-# %% ../nbs/13_callback.ipynb #aa60d250
+# %% ../nbs/13_callback.ipynb #a0b95dfc
 @patch
 def before_batch(self:EEDCallback):
     "Ask the model for all exits at its next `forward`"
@@ -207,6 +207,8 @@ def before_batch(self:EEDCallback):
         self._check_targets(self.yb[0].as_subclass(Tensor))
     self.asks = not (self.training and self.trains_main_only)
     self.watch.begin_batch(first=self.training and getattr(self.learn, 'iter', 0)==0)
+    if self.watch.first:
+        check_ranks(self.learn.model, self.trains_main_only)
     self._reset(self.learn, self.asks)
 
 # %% ../nbs/13_callback.ipynb #67417357

@@ -92,7 +92,15 @@ def feat_sse(
     "Squared difference of features, summed over batch, features and exits (BYOT code)"
     return feat_mse(f, u, w) * (f.shape[0]*f.shape[2])
 
-# %% ../nbs/09_losses.ipynb #d512243e
+# %% ../nbs/09_losses.ipynb #78b95341
+def _mean_of_ranks(value):
+    "The mean of a number over all processes that train together, which have batches of one size"
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return value
+    torch.distributed.all_reduce(value)
+    return value/torch.distributed.get_world_size()
+
+# %% ../nbs/09_losses.ipynb #e3d2fc68
 class AnnealedKL(nn.Module):
     "KL divergence times T², with a temperature that rises while the teacher is sure (Phuong & Lampert code, `main.py`)"
     def __init__(self,
@@ -127,7 +135,7 @@ class AnnealedKL(nn.Module):
     ):
         "Raise the temperature if the teacher is too sure"
         sure = (t/self.temperature(t.dtype)).softmax(-1).amax(-1).mean()
-        self.rises += sure>self.max_prob
+        self.rises += _mean_of_ranks(sure)>self.max_prob
 
 # %% ../nbs/09_losses.ipynb #bee707e9
 def _from_all(z, t, w=None, loss=logit_kl, primary=0.6):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['live_model', 'n_classes', 'refuse_task', 'check_task', 'are_probs', 'are_classes', 'ignored_target', 'check_range',
-           'check_gives_features', 'check_features', 'check_all_exits', 'check_inputs', 'check_sample_weights']
+           'check_gives_features', 'check_features', 'check_all_exits', 'check_inputs', 'check_ranks',
+           'check_sample_weights']
 
 # %% ../nbs/12_task.ipynb #8a2f300f
 from fastai.vision.all import *
@@ -95,7 +96,7 @@ def check_range(
         raise ValueError(f"The targets go from {int(counted.min())} to {int(counted.max())}, "
                          f"but the network has {n_out} classes, 0 to {n_out-1}. Check the labels, or `n_out`")
 
-# %% ../nbs/12_task.ipynb #1d26abb0
+# %% ../nbs/12_task.ipynb #be9cc8c3
 def check_gives_features(
     beta:float|Callable, # Weight of the features' distance
     teacher, # A function or a module
@@ -131,6 +132,24 @@ def check_inputs(
     if len(xb)!=1:
         raise ValueError(f"A batch has {len(xb)} inputs, but a network with exits takes images alone, which go from "
                          "stage to stage. Put the others behind the network, or set `dls.n_inp = 1` for targets")
+
+def check_ranks(
+    model:nn.Module, # The Learner's model, possibly inside DDP
+    main_only:bool, # Does nothing but the main network learn?
+):
+    "An error if DDP would wait for gradients that never come, or stumble over those that it does not expect"
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
+    expected = "`learn.distrib_ctx(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters={})])`"
+    if main_only and not model.find_unused_parameters:
+        raise RuntimeError("With several processes, training the main network alone leaves the other exits without "
+                           "gradients, for which DDP would wait. "
+                           f"Train with find_unused_parameters=True: {expected.format(True)}")
+    learns = any(p.requires_grad for p in unwrap(model).method.parameters())
+    if learns and model.find_unused_parameters:
+        raise RuntimeError("With several processes, this method's own weights get their gradients outside of "
+                           "`forward`, which DDP takes for unused. "
+                           f"Train with find_unused_parameters=False: {expected.format(False)}")
 
 def check_sample_weights(
     weights, # What `sample_weights` gave

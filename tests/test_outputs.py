@@ -59,7 +59,13 @@ def copy(tmp_path_factory):
 @pytest.mark.parametrize('name', [nb.name for nb in notebooks])
 def test_saved_outputs_are_todays(name, copy):
     "Run, save, clean: nothing differs, but for numbers in cells that are declared to vary"
-    env = {**os.environ, 'MPLBACKEND': 'agg', 'PYTHONWARNINGS': 'ignore', 'PYTHONPATH': str(copy)}
+    env = {
+        **os.environ,
+        'MPLBACKEND': 'agg',
+        'PYTHONWARNINGS': 'ignore',
+        'PYTHONPATH': str(copy),
+        'OMP_NUM_THREADS': '1',
+    }
     run = ['nbdev-test', f'nbs/{name}', '--save', '--n-workers', '0']
     clean = ['nbdev-clean', '--fname', f'nbs/{name}']
     for command in (run, clean):
