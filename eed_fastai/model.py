@@ -267,11 +267,13 @@ def _fewer_exits(stages, plan, n_exits, size):
     ends = spread_exits(stages, n_exits, size)
     return join_stages(stages, ends), plan and [plan[i] for i in ends]
 
-# %% ../nbs/06_model.ipynb #d93a8045
+# %% ../nbs/06_model.ipynb #ff49a816
 def _bare(m):
-    "What is inside DDP, DataParallel or `torch.compile`"
+    "What is inside DDP, DataParallel or `torch.compile`; compiled in place it is no longer, since its parts are needed"
     while isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(m, '_orig_mod'):
         m = getattr(m, '_orig_mod', None) or m.module
+    if getattr(m, '_compiled_call_impl', None) is not None:      # by `m.compile()`, which compiles the whole in one
+        m._compiled_call_impl = None
     return m
 
 # %% ../nbs/06_model.ipynb #284dbe44

@@ -117,3 +117,14 @@ def test_exits_on_a_network_that_was_compiled(compiled):
     model = multi_exit(compiled(net))
     assert torch.allclose(model.eval()(x), expected, atol=1e-10)
     assert len(ten_losses(model.train())) == 10
+
+
+@pytest.mark.slow
+def test_exits_on_a_network_that_was_compiled_by_default():
+    "The default backend rounds otherwise, so that the pieces would not be the network to the last bit"
+    torch._dynamo.reset()
+    net = tiny_resnet(n_out=10)
+    x = torch.randn(2, 3, 32, 32)
+    expected = deepcopy(net).eval()(x)
+    net.compile()
+    assert torch.equal(multi_exit(net).eval()(x), expected)
