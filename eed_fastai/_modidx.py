@@ -459,6 +459,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'eed_fastai/neighbours.py'),
                                        'eed_fastai.neighbours.Watch.say': ('neighbours.html#watch.say', 'eed_fastai/neighbours.py'),
                                        'eed_fastai.neighbours.Watch.who': ('neighbours.html#watch.who', 'eed_fastai/neighbours.py'),
+                                       'eed_fastai.neighbours._about_equal': ('neighbours.html#_about_equal', 'eed_fastai/neighbours.py'),
                                        'eed_fastai.neighbours.common_change': ('neighbours.html#common_change', 'eed_fastai/neighbours.py'),
                                        'eed_fastai.neighbours.contains': ('neighbours.html#contains', 'eed_fastai/neighbours.py'),
                                        'eed_fastai.neighbours.exits_have_gradients': ( 'neighbours.html#exits_have_gradients',
