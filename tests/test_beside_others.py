@@ -285,7 +285,7 @@ refused = dict(
 )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize('call', ['validate', 'get_preds', 'fit', 'validate_exits', 'get_exit_preds'])
 @pytest.mark.parametrize('spoil', refused)
 def test_a_refusal_leaves_the_learner_as_it_was(spoil, call):

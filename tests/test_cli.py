@@ -13,7 +13,7 @@ def eed_train(*args, cwd):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
     )
 
 
@@ -110,7 +110,7 @@ def test_mistakes(tmp_path, kw, message):
 
 def command(name, *args, cwd):
     return subprocess.run(
-        [Path(sys.executable).parent / name, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=400
+        [Path(sys.executable).parent / name, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=1200
     )
 
 

@@ -16,7 +16,7 @@ def run(out, recipe, ranks, find_unused=False, **kw):
     env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
     env['PYTHONPATH'] = os.pathsep.join([str(here), str(here.parent)])
     command = [*launch, str(here / 'two_ranks.py'), str(out), recipe, str(find_unused)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **kw)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, **kw)
 
 
 def close(a, b):
