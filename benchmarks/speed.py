@@ -94,6 +94,7 @@ def by_hand(model, loss, dls, amp=False):
     "An epoch of a plain PyTorch loop, as a function"
     opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     def epoch():
+        "Train on every batch once"
         model.train()
         for x, y in dls.train:
             x = x.as_subclass(Tensor)
@@ -128,6 +129,7 @@ def in_learner(model, cbs, dls, amp=False, on_device=False):
         learn.recorder.smooth_loss = SmoothOnDevice()
     learn.add_cb(TrainOnly())
     def epoch():
+        "One fit of one epoch"
         with learn.no_bar(), learn.no_logging():
             learn.fit(1)
     return epoch
@@ -135,6 +137,7 @@ def in_learner(model, cbs, dls, amp=False, on_device=False):
 def variants(arch, n_out, dls, amp=False, compile=False):
     "Name → one epoch"
     def model(channels_last=False):
+        "A network from one seed"
         torch.manual_seed(0)
         m = multi_exit(arch, n_out).to(dls.device)
         if channels_last:
@@ -144,10 +147,13 @@ def variants(arch, n_out, dls, amp=False, compile=False):
             m.all_exits = torch.compile(m.all_exits)
         return m
     def hand(loss, channels_last=False):
+        "A training step by hand"
         return by_hand(model(channels_last), loss, dls, amp)
     def learner(cbs, channels_last=False, on_device=False):
+        "The same in a Learner"
         return in_learner(model(channels_last), cbs, dls, amp, on_device)
     def with_features():
+        "The callback with the features' distance, too"
         return EEDCallback(alpha=1., beta=1.)
     return {
         'reference step': hand(reference_loss),
@@ -210,6 +216,7 @@ def timed_callback(seconds):
     "Meanwhile `seconds` gets, for each training batch, the time spent in the events of EEDCallback"
     original = EEDCallback.__call__
     def timed(self, event):
+        "Call the callback, and add up the seconds of a batch"
         if event=='before_batch' and self.training:
             seconds.append(0.)
         start = time.perf_counter()
@@ -231,6 +238,7 @@ def callback_in_place(rounds=5, n=100):
     in_callback = []
     in_loss = []
     def timed_loss(z, f, y):
+        "The objective, and the seconds that it takes"
         start = time.perf_counter()
         loss = eed_feat_loss(z, f, y)
         in_loss.append(time.perf_counter()-start)
@@ -254,6 +262,7 @@ def data_rate(bs=128, n=60):
     "Images a second that the loader alone gives, cropped, mirrored and normalised"
     dls = random_dls(n, bs)
     def read_all():
+        "Every batch, without a network"
         for _ in dls.train:
             pass
     return n*bs/second_time(read_all)
@@ -262,6 +271,7 @@ def matrix_rate(dtype, size=4096 if torch.cuda.is_available() else 1024, n=10):
     "FLOP a second of a square matrix product, the ceiling that a step is held against"
     a = torch.randn(size, size, device=default_device()).to(dtype)
     def products():
+        "Matrix products"
         for _ in range(n):
             a@a
     return 2*size**3*n/second_time(products)
@@ -280,11 +290,14 @@ def saved_mb(model, x, all_exits):
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
     def pack(t):
+        "Remember a tensor that is kept for the backward pass"
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
-    def unpack(t): return t
+    def unpack(t):
+        "Give it back"
+        return t
     forward = model.all_exits if all_exits else model
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         forward(x)
@@ -293,7 +306,9 @@ def saved_mb(model, x, all_exits):
 def grow_to(width, rounds, exits, n_out, size, bs):
     "Seconds, megabytes and parameters of a step, with and without exits"
     cuts = ['layer1', 'layer2', 'layer3'][4-exits:]
-    def make(): return multi_exit(partial(cifar_resnet18, width=width), n_out, cuts=cuts)
+    def make():
+        "The network"
+        return multi_exit(partial(cifar_resnet18, width=width), n_out, cuts=cuts)
     n = 3
     dls = random_dls(n, bs, size, n_out)
     model = make().to(dls.device)

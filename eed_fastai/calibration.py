@@ -24,6 +24,7 @@ def ece(
 def _best_temperature(z, y, bounds):
     "The temperature with the smallest negative log-likelihood, for the logits `(n,n_out)` of one exit"
     def nll(log_t):
+        "The negative log-likelihood at the temperature `exp(log_t)`"
         return F.cross_entropy(z/math.exp(log_t), y).item()
     found = optimize.minimize_scalar(nll, bounds=np.log(bounds), method='bounded')
     return math.exp(found.x)

@@ -21,7 +21,9 @@ def anytime_curve(
     how:Callable=mean_logits, # Of the prefix ensembles: `(n,i,n_out)` to `(n,n_out)`
 ) -> pd.DataFrame: # Columns `exit, cost, accuracy, ensemble_cost, ensemble_accuracy`
     "Accuracy against cost if all images stop at the same exit, alone or as the ensemble up to it"
-    def accuracies(z): return (z.argmax(-1)==y[:,None]).float().mean(0).tolist()
+    def accuracies(z):
+        "The accuracy of each exit"
+        return (z.argmax(-1)==y[:,None]).float().mean(0).tolist()
     return pd.DataFrame(dict(
         exit=parts.index,
         cost=alone_costs(parts),

@@ -35,7 +35,9 @@ class ExitPolicy:
     __repr__ = basic_repr('thresholds,score,temperatures')
 
     def __eq__(self, o):
-        def parts(p): return p.thresholds, p.score, p.temperatures
+        def parts(p):
+            "What two policies must have in common"
+            return p.thresholds, p.score, p.temperatures
         return isinstance(o, ExitPolicy) and parts(self)==parts(o)
 
     def __call__(self, model, x):
@@ -65,7 +67,9 @@ def predict_early(self:Learner,
     answers = EarlyExitModel(self.model, _policy_of(self, policy))
     dl = in_order(ifnone(dl, self.dls[ds_idx]))
     taken = []
-    def note_exits(cb): taken.append(cb.learn.model.exit_idx.cpu())
+    def note_exits(cb):
+        "Keep where the images of this batch left"
+        taken.append(cb.learn.model.exit_idx.cpu())
     others = self.cbs.filter(risinstance((EEDCallback, EnsemblePreds)))
     with self.removed_cbs(others), replaced(self, 'metrics', L()), replaced(self, 'model', answers):
         z,y = self.get_preds(dl=dl, reorder=False, act=noop, cbs=Callback(after_pred=note_exits))
@@ -123,7 +127,9 @@ def _measured_ms(policy, model, dl, rows, bs, n=256):
     "Mean milliseconds for one of the first `n` images of `rows` in batches of `bs`; and for the main network alone"
     main_only = ExitPolicy([math.inf]*(unwrap(model).n_exits-1))
     batches = _images(dl, rows[:n]).to(next(model.parameters()).device).split(bs)
-    def both(x): return [milliseconds(partial(p, model, x)) for p in (policy, main_only)]
+    def both(x):
+        "Milliseconds of the policy, and of the main network alone"
+        return [milliseconds(partial(p, model, x)) for p in (policy, main_only)]
     for x in batches[:3]:
         both(x)                                          # to warm up
     total = np.sum([both(x) for x in batches], 0)

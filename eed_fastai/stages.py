@@ -331,6 +331,7 @@ def spread_exits(
     macs = stage_macs(stages, size)
     share = np.cumsum(macs)/sum(macs)
     def distance(ends):
+        "How far these ends are from equal shares"
         return sum((share[i]-(j+1)/n_exits)**2 for j,i in enumerate(ends))
     early = itertools.combinations(range(n_stages-1), n_exits-1)
     return [*min(early, key=distance), n_stages-1]

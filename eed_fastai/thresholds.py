@@ -159,6 +159,7 @@ def worst_share(
 def _surest_cheap(z, y, parts, drop, score, confidence):
     "The boldest thresholds that surely lose no more than `drop`; all closed where that saves nothing"
     def is_safe(r):
+        "Does this setting surely lose no more than `drop`?"
         return worst_share(round(r.worse*len(z)), len(z), confidence)<=drop
     df = threshold_sweep(z, y, parts, score, partial(one_threshold, grid=fixed_grid))
     safe = list(itertools.takewhile(is_safe, df.itertuples()))

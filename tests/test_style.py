@@ -89,19 +89,22 @@ def test_plain_lines(path):
 
 
 def own_definitions(tree):
-    "All definitions but those inside functions, and dunder methods"
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, definitions):
-            if not re.fullmatch(r'__\w+__', node.name):
-                yield node
-            if isinstance(node, ast.ClassDef):
-                yield from own_definitions(node)
+    "All definitions, those inside functions among them, but dunder methods"
+    return [n for n in ast.walk(tree) if isinstance(n, definitions) and not re.fullmatch(r'__\w+__', n.name)]
+
+
+@pytest.mark.parametrize('path', modules, ids=lambda o: o.stem)
+def test_lines_of_the_package(path):
+    "A chapter's summary is a line of its module, too; only nbdev's own `__all__` may be longer"
+    lines = path.read_text(encoding='utf-8').splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith('__all__ = [')]
 
 
 @pytest.mark.parametrize('path', [*modules, *scripts], ids=lambda o: o.stem)
 def test_docstrings(path):
     "Every definition says in one line what it does"
-    for node in own_definitions(ast.parse(path.read_text(encoding='utf-8'))):
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    for node in own_definitions(tree):
         doc = ast.get_docstring(node)
         assert doc and '\n' not in doc, f'{node.name}: {doc}'
 
